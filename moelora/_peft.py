@@ -1,0 +1,311 @@
+"""The boundary: the one file that imports PEFT and the only one that changes it.
+
+What registration can do is registered. What it cannot do is in ``_patches``: each entry names the
+class or module, the attribute, and what replaces it; ``install`` checks every original signature
+before it changes anything, ``uninstall`` puts the same objects back. Plain LoRA calls reach the
+originals.
+
+Upstream issues for what the patches add: huggingface/peft #280, #1156, #1655 (routing over LoRAs).
+"""
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import peft.mapping
+import peft.tuners.lora
+from packaging.version import Version
+from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.adalora import AdaLoraLayer, AdaLoraModel
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import (
+    VARIANT_KWARG_KEYS,
+    LoraLayer,
+    MultiheadAttention,
+    ParamWrapper,
+)
+from peft.tuners.lora.layer import _ConvNd as ConvLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.other import _get_submodules as get_submodules
+from transformers import PreTrainedModel
+
+from moelora.errors import IncompatiblePeftError
+
+__all__ = [
+    "CONFIG_NAME",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
+    "SAFETENSORS_WEIGHTS_NAME",
+    "UNROUTABLE_VARIANTS",
+    "VARIANT_KWARG_KEYS",
+    "WEIGHTS_NAME",
+    "WHOLE_WEIGHT_LAYERS",
+    "AdaLoraLayer",
+    "AdaLoraModel",
+    "BaseTuner",
+    "BaseTunerLayer",
+    "ConvLayer",
+    "LoraConfig",
+    "LoraLayer",
+    "LoraModel",
+    "ParamWrapper",
+    "PeftConfig",
+    "PeftMixedModel",
+    "PeftModel",
+    "get_submodules",
+    "install",
+    "is_installed",
+    "uninstall",
+]
+
+#: Tested PEFT releases: from the first included to the second excluded.
+PEFT_RANGE = ("0.21.0", "0.22.0")
+
+#: Layers that use their whole adapted weight at once and so cannot weigh tokens.
+WHOLE_WEIGHT_LAYERS = (MultiheadAttention, ParamWrapper)
+
+#: LoRA variants that are no update of one adapter.
+UNROUTABLE_VARIANTS = frozenset({"ArrowLinearVariant"})
+
+_MISSING = object()
+_lock = threading.RLock()
+_undo: list[Callable[[], None]] = []
+
+
+@dataclass(frozen=True)
+class _Patch:
+    """Replace ``owner.name`` by ``make(original)``.
+
+    ``parameters`` are the leading parameter names the original must have; None where the owner
+    defines no such attribute itself and inherits it.
+    """
+
+    owner: Any
+    name: str
+    make: Callable[[Any], Any]
+    parameters: tuple[str, ...] | None
+
+
+def is_installed() -> bool:
+    """Whether the plugin is in effect."""
+    return bool(_undo)
+
+
+def install() -> None:
+    """Add moelora to PEFT: registries, the forward argument, the layer classes. Idempotent.
+
+    Raises:
+        IncompatiblePeftError: an ``ImportError``, if the installed PEFT is outside ``PEFT_RANGE`` or
+            a patched function has other parameters than the tested ones. Nothing is changed then.
+    """
+    with _lock:
+        if _undo:
+            return
+        _check_version(peft.__version__)
+        patches = list(_patches())
+        for patch in patches:
+            _check_signature(patch)
+        for patch in patches:
+            _apply(patch)
+        _register()
+
+
+def uninstall() -> None:
+    """Restore every class, function and mapping to the same objects as before ``install``.
+
+    Models made in between keep their layers; their mixtures are no longer routed.
+    """
+    with _lock:
+        while _undo:
+            _undo.pop()()
+
+
+def _check_version(version: str) -> None:
+    lowest, beyond = map(Version, PEFT_RANGE)
+    if not lowest <= Version(version) < beyond:
+        raise IncompatiblePeftError(
+            f"moelora supports peft>={PEFT_RANGE[0]},<{PEFT_RANGE[1]}, but peft {version} is "
+            f"installed. Install a supported release: pip install 'peft>={PEFT_RANGE[0]},"
+            f"<{PEFT_RANGE[1]}'."
+        )
+
+
+def _check_signature(patch: _Patch) -> None:
+    if patch.parameters is None:
+        return
+    original = inspect.getattr_static(patch.owner, patch.name, None)
+    function = getattr(original, "__func__", original)
+    found = tuple(inspect.signature(function).parameters) if callable(function) else ()
+    if found[: len(patch.parameters)] != patch.parameters:
+        raise IncompatiblePeftError(
+            f"{patch.owner.__name__}.{patch.name} of peft {peft.__version__} has parameters {found}, "
+            f"moelora was tested with {patch.parameters}."
+        )
+
+
+def _apply(patch: _Patch) -> None:
+    own = vars(patch.owner).get(patch.name, _MISSING)
+    original = getattr(patch.owner, patch.name, None) if own is _MISSING else own
+    setattr(patch.owner, patch.name, patch.make(original))
+    _undo.append(functools.partial(_restore, patch.owner, patch.name, own))
+
+
+def _restore(owner: Any, name: str, own: Any) -> None:
+    if own is _MISSING:
+        delattr(owner, name)
+    else:
+        setattr(owner, name, own)
+
+
+def _register() -> None:
+    """Make the config known: by its type on disk, and by name in PEFT's public modules."""
+    from moelora.config import DISK_PEFT_TYPE, MoELoraConfig
+
+    for mapping, value in (
+        (PEFT_TYPE_TO_CONFIG_MAPPING, MoELoraConfig),
+        (PEFT_TYPE_TO_TUNER_MAPPING, LoraModel),
+    ):
+        mapping[DISK_PEFT_TYPE] = value  # type: ignore[index]
+        _undo.append(functools.partial(mapping.pop, DISK_PEFT_TYPE, None))  # type: ignore[arg-type]
+    for module in (peft, peft.tuners, peft.tuners.lora):
+        module.MoELoraConfig = MoELoraConfig
+        _undo.append(functools.partial(delattr, module, "MoELoraConfig"))
+
+
+def _patches() -> Iterator[_Patch]:
+    """Every change to a foreign class, in one list."""
+    from moelora import checkpoint, mixture, model
+
+    yield from _layer_patches()
+    lora_model: dict[str, tuple[Callable[..., Any], tuple[str, ...] | None]] = {
+        "__call__": (model.call_with_routing, None),
+        "generate": (model.generate_with_routing, None),
+        "inject_adapter": (mixture.inject_adapter, None),
+        "_create_and_replace": (
+            mixture.create_and_replace,
+            ("self", "lora_config", "adapter_name", "target", "target_name", "parent"),
+        ),
+        "_unload_and_optionally_merge": (mixture.unload_and_optionally_merge, None),
+        "merge_adapter": (mixture.merge_adapter, None),
+        "add_weighted_adapter": (mixture.add_weighted_adapter, ("self", "adapters", "weights")),
+    }
+    for name, (replacement, parameters) in lora_model.items():
+        yield _Patch(LoraModel, name, functools.partial(_method, replacement), parameters)
+    for name, replacement, parameters in (
+        (
+            "_get_adapter_state_dict",
+            checkpoint.get_adapter_state_dict,
+            ("cls", "model", "config", "adapter_name", "state_dict", "unwanted_adapter_names"),
+        ),
+        (
+            "_remap_adapter_state_dict_for_load",
+            checkpoint.remap_adapter_state_dict_for_load,
+            ("cls", "model", "config", "adapter_name", "state_dict"),
+        ),
+    ):
+        make = functools.partial(_classmethod, replacement)
+        yield _Patch(LoraModel, name, make, parameters)
+    for owner in (PeftModel, PeftMixedModel):
+        yield _Patch(owner, "__call__", functools.partial(_method, model.call_with_routing), None)
+    for owner in (PeftModel, *_subclasses(PeftModel)):
+        if "generate" in vars(owner):
+            make = functools.partial(_method, model.generate_with_routing)
+            yield _Patch(owner, "generate", make, ("self",))
+    for name, replacement, parameters in (
+        ("save_pretrained", checkpoint.save_pretrained, ("self", "save_directory")),
+        ("load_adapter", checkpoint.load_adapter, ("self", "model_id", "adapter_name")),
+    ):
+        yield _Patch(PeftModel, name, functools.partial(_method, replacement), parameters)
+    yield _Patch(
+        PeftModel,
+        "from_pretrained",
+        functools.partial(_classmethod, checkpoint.from_pretrained),
+        ("cls", "model", "model_id", "adapter_name"),
+    )
+    yield _Patch(
+        PreTrainedModel,
+        "_set_gradient_checkpointing",
+        functools.partial(_method, model.set_gradient_checkpointing),
+        ("self", "enable", "gradient_checkpointing_func"),
+    )
+
+
+def _layer_patches() -> Iterator[_Patch]:
+    """The forward of every LoRA layer class, of those to come too, and the merged weight."""
+    for layer_class in [LoraLayer, *_subclasses(LoraLayer)]:
+        if issubclass(layer_class, AdaLoraLayer):
+            continue
+        yield from _patches_of_layer_class(layer_class)
+    yield _Patch(LoraLayer, "__init_subclass__", _init_subclass, None)
+
+
+def _patches_of_layer_class(layer_class: type) -> Iterator[_Patch]:
+    from moelora import mixture
+
+    if "forward" in vars(layer_class):
+        yield _Patch(layer_class, "forward", _routed_forward, ("self",))
+    if "get_delta_weight" in vars(layer_class):
+        make = functools.partial(_method, mixture.get_delta_weight)
+        yield _Patch(layer_class, "get_delta_weight", make, ("self",))
+
+
+def _init_subclass(original: Any) -> Any:
+    """Serve LoRA layer classes that are defined later (bitsandbytes', a user's own)."""
+
+    def __init_subclass__(cls: type, **kwargs: Any) -> None:
+        super(LoraLayer, cls).__init_subclass__(**kwargs)
+        if issubclass(cls, AdaLoraLayer):
+            return
+        with _lock:
+            for patch in _patches_of_layer_class(cls):
+                _apply(patch)
+
+    return classmethod(__init_subclass__)
+
+
+def _routed_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    from moelora.layer import needs_routing, routed_forward
+
+    first = list(inspect.signature(original).parameters)[1]
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not needs_routing(self, kwargs):
+            return original(self, *args, **kwargs)
+        if not args:
+            args = (kwargs.pop(first),)
+        return routed_forward(original, self, *args, **kwargs)
+
+    return forward
+
+
+def _method(replacement: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return replacement(original, self, *args, **kwargs)
+
+    return method if original is None else functools.wraps(original)(method)
+
+
+def _classmethod(replacement: Callable[..., Any], original: Any) -> Any:
+    function = original.__func__
+
+    @functools.wraps(function)
+    def method(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return replacement(function, cls, *args, **kwargs)
+
+    return classmethod(method)
+
+
+def _subclasses(cls: type) -> list[type]:
+    """All subclasses, each once."""
+    found: dict[type, None] = {}
+    for subclass in cls.__subclasses__():
+        found[subclass] = None
+        found.update(dict.fromkeys(_subclasses(subclass)))
+    return list(found)

@@ -1,0 +1,170 @@
+"""How the auxiliary loss reaches the router: once, with its weight, or not without an error.
+
+* The output holds a loss: ``coefficient * mean over routers`` is added to it, times this
+  micro-batch's share of ``num_items_in_batch`` when the trainer passes that.
+* It holds none (the loss is computed outside): the gradient is attached to the output, with the
+  scale that was told, or 1.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moelora.errors import AuxLossError
+from moelora.losses import auxiliary_loss
+from moelora.outputs import with_aux_loss
+from moelora.scope import TapeEntry
+
+_IGNORED_LABEL = -100
+
+
+class _AttachGradient(torch.autograd.Function):
+    """Pass ``output`` through; in backward give ``loss`` the gradient ``scale``.
+
+    Source: Megatron-LM's MoEAuxLossAutoScaler; here the scale is an argument, not global state.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, loss: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(loss)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, Tensor, None]:
+        (loss,) = ctx.saved_tensors
+        return grad_outputs[0], torch.full_like(loss, ctx.scale), None
+
+
+def add_auxiliary_loss(
+    base: nn.Module,
+    output: Any,
+    entries: list[TapeEntry],
+    kwargs: dict[str, Any],
+    *,
+    told_scale: float | None,
+) -> Any:
+    """Return ``output`` with the auxiliary loss of ``entries`` in it.
+
+    Args:
+        base: the model, for how it shifts labels.
+        output: what its forward returned.
+        entries: the router decisions of this training forward.
+        kwargs: the forward's keyword arguments.
+        told_scale: how the trainer scales a loss that it computes itself, where it told.
+
+    Raises:
+        AuxLossError: if the gradient would be lost (reentrant checkpointing), or its scale cannot
+            be known.
+    """
+    _check_gradient(entries)
+    losses = [
+        auxiliary_loss(e.routing, loss_type=e.loss_type, token_mask=e.token_mask) for e in entries
+    ]
+    device = losses[0].device
+    mean_loss = torch.stack([loss.to(device) for loss in losses]).mean()
+    weighted = torch.stack(
+        [e.coefficient * loss.to(device) for e, loss in zip(entries, losses, strict=True)]
+    ).mean()
+    if _has_loss(output, kwargs):
+        share = _share_of_batch(base, kwargs)
+        return _add_to_loss(output, weighted * share, mean_loss)
+    if torch.is_autocast_enabled(device.type) and _is_half(device.type):
+        raise AuxLossError(
+            "The auxiliary loss cannot follow the float16 loss scaler when the loss is computed "
+            "outside the model. Pass labels to the model, use bfloat16, or set "
+            "router_aux_loss_coef=0."
+        )
+    if told_scale is None and kwargs.get("num_items_in_batch") is not None:
+        raise AuxLossError(
+            "The Trainer computes the loss itself (label_smoothing_factor or compute_loss_func), so "
+            "how it scales the auxiliary loss over accumulated batches is not known. Add "
+            "moelora.MoETrainerCallback() to its callbacks, or set router_aux_loss_coef=0."
+        )
+    scale = 1.0 if told_scale is None else told_scale
+    return _attach(output, weighted, mean_loss, scale)
+
+
+def _check_gradient(entries: list[TapeEntry]) -> None:
+    for entry in entries:
+        if entry.router_is_trainable and not entry.routing.router_probs.requires_grad:
+            raise AuxLossError(
+                f"The router of {entry.layer_name!r} ran without a gradient while training, so its "
+                "auxiliary loss would be lost. This is reentrant gradient checkpointing: use "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}, or set "
+                "router_aux_loss_coef=0."
+            )
+
+
+def _is_half(device_type: str) -> bool:
+    return torch.get_autocast_dtype(device_type) == torch.float16
+
+
+def _has_loss(output: Any, kwargs: dict[str, Any]) -> bool:
+    if isinstance(output, dict):
+        return output.get("loss") is not None
+    if isinstance(output, tuple):
+        return kwargs.get("labels") is not None
+    return False
+
+
+def _share_of_batch(base: nn.Module, kwargs: dict[str, Any]) -> float | Tensor:
+    """This micro-batch's part of the accumulated batch.
+
+    With ``num_items_in_batch`` the trainer sums micro-batch losses without dividing, so a term that
+    is a mean of its own must bring the divisor along.
+    """
+    total = kwargs.get("num_items_in_batch")
+    labels = kwargs.get("labels")
+    if total is None or not isinstance(labels, Tensor):
+        return 1.0
+    shift_labels = kwargs.get("shift_labels")
+    if isinstance(shift_labels, Tensor):
+        labels = shift_labels
+    elif _shifts_labels(base):
+        labels = labels[..., 1:]
+    valid = labels.ne(_IGNORED_LABEL).sum()
+    return valid / total
+
+
+def _shifts_labels(base: nn.Module) -> bool:
+    config = getattr(base, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return False
+    return getattr(base, "loss_type", None) == "ForCausalLM"
+
+
+def _add_to_loss(output: Any, weighted: Tensor, mean_loss: Tensor) -> Any:
+    if isinstance(output, tuple):
+        return (output[0] + weighted.to(output[0].device), *output[1:])
+    output = with_aux_loss(output, mean_loss)
+    output["loss"] = output["loss"] + weighted.to(output["loss"].device)
+    return output
+
+
+def _attach(output: Any, weighted: Tensor, mean_loss: Tensor, scale: float) -> Any:
+    if isinstance(output, Tensor):
+        return _AttachGradient.apply(output, weighted, scale)
+    if isinstance(output, dict):
+        key = next((key for key, value in output.items() if _carries_gradient(value)), None)
+        if key is None:
+            return output
+        output = with_aux_loss(output, mean_loss)
+        output[key] = _AttachGradient.apply(output[key], weighted, scale)
+        return output
+    if isinstance(output, tuple):
+        attached = list(output)
+        for index, value in enumerate(attached):
+            if _carries_gradient(value):
+                attached[index] = _AttachGradient.apply(value, weighted, scale)
+                break
+        return tuple(attached)
+    raise AuxLossError(
+        f"The auxiliary loss cannot be attached to an output of type {type(output).__name__}. "
+        "Return a tensor, tuple or ModelOutput, or set router_aux_loss_coef=0."
+    )
+
+
+def _carries_gradient(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad

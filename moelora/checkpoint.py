@@ -1,0 +1,428 @@
+"""A mixture on disk: ``adapter_config.json``, ``adapter_model.safetensors`` and ``router.safetensors``.
+
+PEFT writes and reads the first two. Here the router is written once more on its own, and everything
+is checked before the model changes: which tensors there are, their shapes, dtypes and values, and
+that both copies of the router agree. Only safetensors and JSON are read.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from moelora import _peft
+from moelora.config import DISK_PEFT_TYPE, FORMAT_VERSION, MoELoraConfig
+from moelora.errors import CheckpointError
+from moelora.model import base_of, unbind
+
+ROUTER_FILE = "router.safetensors"
+_ROUTER_KEY = ".lora_router."
+_METADATA_FORMAT = "moelora_format"
+
+
+# The adapter's tensors in and out of the model -----------------------------------------------
+
+
+def get_adapter_state_dict(
+    original: Callable[..., dict[str, Tensor]],
+    cls: type,
+    model: nn.Module,
+    config: Any,
+    adapter_name: str,
+    state_dict: dict[str, Tensor],
+    unwanted_adapter_names: list[str],
+) -> dict[str, Tensor]:
+    """Select a mixture's tensors, also where another adapter's name drops keys by accident.
+
+    PEFT has already removed every key that contains ``.<another adapter>.``, so an adapter named
+    ``"0"`` or ``"layers"`` takes this one's keys along.
+
+    Raises:
+        CheckpointError: if keys are gone and ``state_dict`` is not the model's own.
+    """
+    selected = original(cls, model, config, adapter_name, state_dict, unwanted_adapter_names)
+    if not isinstance(config, MoELoraConfig):
+        return selected
+    missing = [key for key in _adapter_keys(model, adapter_name) if key not in selected]
+    if not missing:
+        return selected
+    own = model.state_dict()
+    probe = next((key for key in state_dict if key in own), None)
+    if probe is None or state_dict[probe].data_ptr() != own[probe].data_ptr():
+        raise CheckpointError(
+            f"Adapter {adapter_name!r} cannot be saved: PEFT drops {len(missing)} of its tensors "
+            f"(e.g. {missing[0]!r}) since another adapter's name, one of {unwanted_adapter_names}, "
+            "is part of their names. Rename that adapter."
+        )
+    return {**selected, **{key: own[key] for key in missing}}
+
+
+def remap_adapter_state_dict_for_load(
+    original: Callable[..., dict[str, Tensor]],
+    cls: type,
+    model: nn.Module,
+    config: Any,
+    adapter_name: str,
+    state_dict: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """Map checkpoint keys to the model's, and check a mixture's tensors before any is loaded.
+
+    Raises:
+        CheckpointError: if tensors are missing, of another shape or dtype kind, not finite, or
+            meant for layers that the model does not have.
+    """
+    remapped = original(cls, model, config, adapter_name, state_dict)
+    if isinstance(config, MoELoraConfig):
+        _check_tensors(model, adapter_name, remapped)
+    return remapped
+
+
+def _adapter_keys(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """All tensors of one adapter in the model's layers, by their name in its state dict."""
+    found: dict[str, Tensor] = {}
+    for layer_name, layer in model.named_modules():
+        if not isinstance(layer, _peft.LoraLayer):
+            continue
+        for container_name in layer.adapter_layer_names:
+            container = getattr(layer, container_name, None)
+            if container is None or adapter_name not in container:
+                continue
+            prefix = f"{layer_name}.{container_name}.{adapter_name}"
+            item = container[adapter_name]
+            if isinstance(item, Tensor):
+                found[prefix] = item
+            else:
+                found.update({f"{prefix}.{k}": v for k, v in item.state_dict().items()})
+    return found
+
+
+def _check_tensors(model: nn.Module, adapter_name: str, loaded: dict[str, Tensor]) -> None:
+    expected = _adapter_keys(model, adapter_name)
+    missing = [key for key in expected if key not in loaded]
+    if missing:
+        kind = "router" if any(_ROUTER_KEY in key for key in missing) else "adapter"
+        raise CheckpointError(
+            f"The checkpoint of mixture {adapter_name!r} lacks {len(missing)} {kind} tensors, e.g. "
+            f"{missing[0]!r}. A missing router is not replaced by a random one."
+        )
+    unknown = [key for key in loaded if ".lora_" in key and key not in expected]
+    if unknown:
+        raise CheckpointError(
+            f"The checkpoint of mixture {adapter_name!r} has {len(unknown)} tensors for which this "
+            f"model has no place, e.g. {unknown[0]!r}."
+        )
+    for key, parameter in expected.items():
+        _check_tensor(key, loaded[key], parameter)
+
+
+def _check_tensor(key: str, loaded: Tensor, expected: Tensor) -> None:
+    if loaded.shape != expected.shape:
+        raise CheckpointError(
+            f"Tensor {key!r} has shape {tuple(loaded.shape)} in the checkpoint, but the config "
+            f"asks for {tuple(expected.shape)}."
+        )
+    if loaded.is_floating_point() != expected.is_floating_point():
+        raise CheckpointError(
+            f"Tensor {key!r} has dtype {loaded.dtype} in the checkpoint, but must be like "
+            f"{expected.dtype}."
+        )
+    if loaded.is_floating_point() and not bool(torch.isfinite(loaded).all()):
+        raise CheckpointError(f"Tensor {key!r} holds NaN or infinity in the checkpoint.")
+
+
+# Saving --------------------------------------------------------------------------------------
+
+
+def save_pretrained(
+    original: Callable[..., None],
+    model: Any,
+    save_directory: str | os.PathLike[str],
+    safe_serialization: bool = True,
+    selected_adapters: list[str] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Save as PEFT does, then write each mixture's router beside its adapter.
+
+    Raises:
+        CheckpointError: if pickle files are asked for, or a fixed mixture would be saved beside
+            another mixture's router; nothing is written then.
+    """
+    names = list(model.peft_config) if selected_adapters is None else list(selected_adapters)
+    mixtures = {
+        name: model.peft_config[name]
+        for name in names
+        if isinstance(model.peft_config.get(name), MoELoraConfig)
+    }
+    for name, config in mixtures.items():
+        _check_before_saving(name, config, _folder(save_directory, name), safe_serialization)
+    original(model, save_directory, safe_serialization, selected_adapters, *args, **kwargs)
+    if not kwargs.get("is_main_process", args[1] if len(args) > 1 else True):
+        return
+    for name, config in mixtures.items():
+        if config.has_router:
+            _write_router(_folder(save_directory, name), name, config)
+
+
+def _folder(save_directory: str | os.PathLike[str], adapter_name: str) -> Path:
+    root = Path(save_directory)
+    return root if adapter_name == "default" else root / adapter_name
+
+
+def _check_before_saving(
+    name: str, config: MoELoraConfig, folder: Path, safe_serialization: bool
+) -> None:
+    if not safe_serialization:
+        raise CheckpointError(
+            f"Mixture {name!r} is saved as safetensors only, got safe_serialization=False: pickle "
+            "files can run code when they are loaded."
+        )
+    if not config.has_router and (folder / ROUTER_FILE).exists():
+        raise CheckpointError(
+            f"Adapter {name!r} has no router, but {folder / ROUTER_FILE} holds the router of "
+            "another one. Save to another folder, or remove that file."
+        )
+
+
+def _write_router(folder: Path, name: str, config: MoELoraConfig) -> None:
+    """Copy the router's tensors out of the adapter file just written, so that both agree."""
+    tensors = _read_tensors(folder / _peft.SAFETENSORS_WEIGHTS_NAME, only=_ROUTER_KEY)
+    experts = [f"{name}.{index}" for index in range(config.num_experts)]
+    metadata = {
+        "format": "pt",
+        _METADATA_FORMAT: str(FORMAT_VERSION),
+        "experts": json.dumps(experts),
+        "sha256": _digest(tensors),
+    }
+    path = folder / ROUTER_FILE
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        tensor = tensors[key].contiguous().cpu()
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# Loading -------------------------------------------------------------------------------------
+
+
+def load_adapter(
+    original: Callable[..., Any],
+    model: Any,
+    model_id: str | os.PathLike[str],
+    adapter_name: str,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Load as PEFT does, after checking a mixture's files; a failed load leaves the model as it was.
+
+    Raises:
+        CheckpointError: if a file of a mixture is missing, damaged or contradicts another.
+    """
+    if not check_folder(model_id, **_hub_arguments(kwargs)):
+        return original(model, model_id, adapter_name, *args, **kwargs)
+    existed = adapter_name in model.peft_config
+    active = list(model.active_adapters)
+    flags = _gradient_flags(model)
+    try:
+        return original(model, model_id, adapter_name, *args, **kwargs)
+    except Exception:
+        if not existed and adapter_name in model.peft_config:
+            model.base_model.delete_adapter(adapter_name)
+            model.peft_config.pop(adapter_name, None)
+            if active != [adapter_name] and active:
+                model.base_model.set_adapter(active)
+            _restore_gradient_flags(model, flags)
+        raise
+
+
+def from_pretrained(
+    original: Callable[..., Any],
+    cls: type,
+    model: nn.Module,
+    model_id: str | os.PathLike[str],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Load a PEFT model; if a mixture's files are refused, the base model is as it was.
+
+    Raises:
+        CheckpointError: if a file of a mixture is missing, damaged or contradicts another.
+    """
+    if not check_folder(model_id, **_hub_arguments(kwargs)):
+        return original(cls, model, model_id, *args, **kwargs)
+    with _restored_on_error(model):
+        return original(cls, model, model_id, *args, **kwargs)
+
+
+@contextmanager
+def _restored_on_error(base: nn.Module) -> Iterator[None]:
+    """Take new LoRA layers out of a base model again if loading into it fails."""
+    before = {id(module) for module in base.modules()}
+    flags = _gradient_flags(base)
+    had_config = "peft_config" in base.__dict__
+    try:
+        yield
+    except Exception:
+        for name, module in list(base.named_modules()):
+            if isinstance(module, _peft.LoraLayer) and id(module) not in before:
+                parent, _, child = _peft.get_submodules(base, name)
+                setattr(parent, child, module.get_base_layer())
+        if not had_config:
+            base.__dict__.pop("peft_config", None)
+            unbind(base)
+        _restore_gradient_flags(base, flags)
+        raise
+
+
+def _gradient_flags(model: nn.Module) -> dict[int, bool]:
+    return {id(p): p.requires_grad for p in base_of(model).parameters()}
+
+
+def _restore_gradient_flags(model: nn.Module, flags: dict[int, bool]) -> None:
+    for parameter in base_of(model).parameters():
+        if id(parameter) in flags:
+            parameter.requires_grad_(flags[id(parameter)])
+
+
+_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+
+def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+    return {"subfolder": kwargs.get("subfolder"), "hub": hub}
+
+
+def check_folder(
+    model_id: str | os.PathLike[str],
+    *,
+    subfolder: str | None = None,
+    hub: dict[str, Any] | None = None,
+) -> bool:
+    """Check a mixture's files; return False if the folder (or hub id) holds no mixture.
+
+    Raises:
+        CheckpointError: if a file is missing, damaged, of a newer format, or contradicts another.
+    """
+    locate = _Locator(os.fspath(model_id), subfolder, hub or {})
+    config_path = locate(_peft.CONFIG_NAME)
+    if config_path is None:
+        return False
+    config = _read_config(config_path)
+    if config is None:
+        return False
+    weights_path = locate(_peft.SAFETENSORS_WEIGHTS_NAME)
+    if weights_path is None:
+        raise CheckpointError(
+            f"{locate.where} holds no {_peft.SAFETENSORS_WEIGHTS_NAME}. A mixture is read from "
+            "safetensors only."
+        )
+    routers = _read_tensors(weights_path, only=_ROUTER_KEY)
+    if config.has_router and not routers:
+        raise CheckpointError(
+            f"{weights_path} holds no router tensors, but {config_path} asks for router_type="
+            f"{config.router_type!r}. A missing router is not replaced by a random one."
+        )
+    router_path = locate(ROUTER_FILE)
+    if router_path is not None:
+        _check_router_file(router_path, weights_path, routers)
+    return True
+
+
+class _Locator:
+    """Finds the files of an adapter in a local folder, else on the hub as PEFT does."""
+
+    def __init__(self, model_id: str, subfolder: str | None, hub: dict[str, Any]) -> None:
+        self.model_id = model_id
+        self.subfolder = subfolder
+        self.hub = hub
+        self.local = Path(model_id, subfolder) if subfolder else Path(model_id)
+
+    @property
+    def where(self) -> str:
+        """The folder or hub id, for messages."""
+        return str(self.local) if self.local.is_dir() else self.model_id
+
+    def __call__(self, filename: str) -> Path | None:
+        """Return a local path of ``filename``, or None if there is none."""
+        if self.local.is_dir():
+            path = self.local / filename
+            return path if path.is_file() else None
+        try:
+            return Path(
+                hf_hub_download(self.model_id, filename, subfolder=self.subfolder, **self.hub)
+            )
+        except (EntryNotFoundError, LocalEntryNotFoundError, OSError, ValueError):
+            # neither a folder nor a repository: PEFT says so in its own words
+            return None
+
+
+def _read_config(path: Path) -> MoELoraConfig | None:
+    """The config if it is a mixture's; None for every other adapter."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict) or content.get("peft_type") != DISK_PEFT_TYPE:
+        return None
+    try:
+        config = MoELoraConfig.from_peft_type(**content)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if not isinstance(config, MoELoraConfig):
+        raise CheckpointError(f"{path} does not describe a mixture.")
+    return config
+
+
+def _read_tensors(path: Path, *, only: str = "") -> dict[str, Tensor]:
+    """The tensors of a safetensors file whose names contain ``only``."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys() if only in key}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}.") from error
+
+
+def _check_router_file(path: Path, weights_path: Path, routers: dict[str, Tensor]) -> None:
+    tensors = _read_tensors(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    version = metadata.get(_METADATA_FORMAT)
+    if version is None or not version.isdigit():
+        raise CheckpointError(f"{path} is no router file of moelora: its header has no version.")
+    if int(version) > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format {version}, this release reads up to {FORMAT_VERSION}. Upgrade "
+            "moelora."
+        )
+    if metadata.get("sha256") != _digest(tensors):
+        raise CheckpointError(f"{path} is damaged: its tensors do not match its digest.")
+    same = tensors.keys() == routers.keys() and all(
+        tensors[key].dtype == routers[key].dtype and torch.equal(tensors[key], routers[key])
+        for key in tensors
+    )
+    if not same:
+        raise CheckpointError(
+            f"The router in {path} differs from the one in {weights_path}: one of them was changed. "
+            "Restore the pair, or delete the wrong router.safetensors to use the other."
+        )

@@ -1,0 +1,240 @@
+"""``MoELoraConfig``: one mixture of LoRA experts, as one PEFT adapter."""
+
+import math
+import warnings
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from moelora._peft import LoraConfig
+from moelora.errors import ConfigError
+
+RouterType = Literal["learned_with_maturity", "learned", "fixed"]
+RouterScope = Literal["module"]
+LoadBalanceLossType = Literal["aux_loss", "z_loss", "switch"]
+
+#: The type written to ``adapter_config.json``. In memory a mixture is a LoRA adapter, so that every
+#: branch of PEFT and its users that asks for LORA serves it; on disk it has its own name, so that
+#: loading it without moelora fails instead of giving a wrong plain LoRA.
+DISK_PEFT_TYPE = "MOELORA"
+#: Version of the files a mixture is saved to; a newer one is refused.
+FORMAT_VERSION = 1
+#: More experts than this in one layer is taken for a damaged config.
+MAX_EXPERTS = 65536
+
+_ROUTING_FIELDS = (
+    "top_k_experts",
+    "router_hidden_size",
+    "router_aux_loss_coef",
+    "router_temperature",
+    "router_type",
+    "expert_capacity_factor",
+    "expert_dropout",
+    "load_balance_loss_type",
+    "router_scope",
+    "fixed_routing_weights",
+)
+# LoRA options whose meaning is that of one always-on update of the base weight, or that keep
+# parameters which a stack of experts cannot share.
+_UNSTACKABLE_FIELDS = (
+    "use_dora",
+    "lora_bias",
+    "arrow_config",
+    "alora_invocation_tokens",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+    "use_bdlora",
+    "use_qalora",
+    "target_parameters",
+)
+_STACKABLE_INITS = (True, False, "gaussian")
+
+
+@dataclass
+class MoELoraConfig(LoraConfig):
+    """Configuration of a mixture of ``num_experts`` LoRA experts in one PEFT adapter.
+
+    ``r`` and ``lora_alpha`` (and their patterns) are per expert. In memory ``peft_type`` is LORA; on
+    disk it is ``"MOELORA"``. All fields of :class:`peft.LoraConfig` keep their meaning.
+
+    Args:
+        use_moe_routing: route tokens over the experts. False makes experts that are always on (and,
+            with ``num_experts=1``, one plain LoRA), to be weighted by explicit ``routing_weights``.
+        num_experts: experts in this adapter, at least 2 when routing.
+        top_k_experts: experts that serve a token, between 1 and ``num_experts``.
+        router_hidden_size: width of the router's hidden layer; None for a linear router.
+        router_aux_loss_coef: weight of the auxiliary loss in ``outputs.loss``; 0 switches it off.
+        router_temperature: divides the router logits before softmax and top-k.
+        router_type: ``"learned"``, ``"learned_with_maturity"`` (dense while any expert is immature)
+            or ``"fixed"`` (constant weights, no parameters, can be merged).
+        expert_capacity_factor: in training an expert takes at most this multiple of its even share
+            of the routed slots; None for no limit.
+        expert_dropout: probability that a selected expert is left out for a token in training.
+        load_balance_loss_type: ``"aux_loss"`` (all k slots), ``"switch"`` (top-1) or ``"z_loss"``.
+        router_scope: ``"module"``, a router in every adapted layer that reads the layer's own input.
+        fixed_routing_weights: the weights of ``router_type="fixed"``; None for uniform.
+        moelora_format: version of the saved format.
+
+    Raises:
+        ConfigError: a ``ValueError`` that names the field, the value and what is allowed.
+
+    Example:
+        >>> config = MoELoraConfig(num_experts=8, top_k_experts=2, target_modules=["q_proj"])
+        >>> config.to_dict()["peft_type"]
+        'MOELORA'
+    """
+
+    use_moe_routing: bool = field(default=True)
+    num_experts: int = field(default=4)
+    top_k_experts: int = field(default=2)
+    router_hidden_size: int | None = field(default=None)
+    router_aux_loss_coef: float = field(default=0.01)
+    router_temperature: float = field(default=2.0)
+    router_type: RouterType = field(default="learned_with_maturity")
+    expert_capacity_factor: float | None = field(default=1.25)
+    expert_dropout: float = field(default=0.0)
+    load_balance_loss_type: LoadBalanceLossType = field(default="aux_loss")
+    router_scope: RouterScope = field(default="module")
+    fixed_routing_weights: list[float] | None = field(default=None)
+    moelora_format: int = field(default=FORMAT_VERSION)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_format(self.moelora_format)
+        _check_flags(self)
+        _check_counts(self)
+        _check_numbers(self)
+        _check_fixed_weights(self)
+        if self.num_experts > 1 or self.use_moe_routing:
+            _check_stackable(self)
+        if not self.use_moe_routing:
+            _warn_unused_routing_fields(self)
+
+    @property
+    def routed(self) -> bool:
+        """Whether tokens are routed when no explicit weights are given."""
+        return self.use_moe_routing
+
+    @property
+    def has_router(self) -> bool:
+        """Whether the adapter owns router parameters."""
+        return self.use_moe_routing and self.router_type != "fixed"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as a dict, with the type under which a mixture is stored."""
+        return {**super().to_dict(), "peft_type": DISK_PEFT_TYPE}
+
+
+def _fail(name: str, value: object, allowed: str) -> None:
+    raise ConfigError(f"{name} must be {allowed}, got {value!r}.")
+
+
+def _check_format(version: object) -> None:
+    if not _is_int(version) or not 1 <= version <= FORMAT_VERSION:  # type: ignore[operator]
+        raise ConfigError(
+            f"moelora_format {version!r} is not known to this release, which reads 1 to "
+            f"{FORMAT_VERSION}. Upgrade moelora to load this adapter."
+        )
+
+
+def _check_flags(config: MoELoraConfig) -> None:
+    if not isinstance(config.use_moe_routing, bool):
+        _fail("use_moe_routing", config.use_moe_routing, "True or False")
+    for name, literal in (
+        ("router_type", RouterType),
+        ("router_scope", RouterScope),
+        ("load_balance_loss_type", LoadBalanceLossType),
+    ):
+        allowed = get_args(literal)
+        value = getattr(config, name)
+        if not isinstance(value, str) or value not in allowed:
+            _fail(name, value, f"one of {', '.join(map(repr, allowed))}")
+
+
+def _check_counts(config: MoELoraConfig) -> None:
+    least = 2 if config.use_moe_routing else 1
+    suffix = " when use_moe_routing=True" if config.use_moe_routing else ""
+    if not _is_int(config.num_experts) or not least <= config.num_experts <= MAX_EXPERTS:
+        _fail("num_experts", config.num_experts, f"an integer in [{least}, {MAX_EXPERTS}]{suffix}")
+    if not _is_int(config.top_k_experts) or config.top_k_experts < 1:
+        _fail("top_k_experts", config.top_k_experts, "an integer of at least 1")
+    if config.use_moe_routing and config.top_k_experts > config.num_experts:
+        _fail(
+            "top_k_experts",
+            config.top_k_experts,
+            f"between 1 and num_experts={config.num_experts}",
+        )
+    hidden = config.router_hidden_size
+    if hidden is not None and (not _is_int(hidden) or not 1 <= hidden <= 2**20):
+        _fail("router_hidden_size", hidden, f"None or an integer in [1, {2**20}]")
+
+
+def _check_numbers(config: MoELoraConfig) -> None:
+    if not _is_number(config.router_temperature) or config.router_temperature <= 0:
+        _fail("router_temperature", config.router_temperature, "a finite number > 0")
+    if not _is_number(config.router_aux_loss_coef) or config.router_aux_loss_coef < 0:
+        _fail("router_aux_loss_coef", config.router_aux_loss_coef, "a finite number >= 0")
+    factor = config.expert_capacity_factor
+    if factor is not None and (not _is_number(factor) or factor <= 0):
+        _fail("expert_capacity_factor", factor, "None or a finite number > 0")
+    if not _is_number(config.expert_dropout) or not 0 <= config.expert_dropout < 1:
+        _fail("expert_dropout", config.expert_dropout, "a number in [0, 1)")
+
+
+def _check_fixed_weights(config: MoELoraConfig) -> None:
+    weights = config.fixed_routing_weights
+    if weights is None:
+        return
+    if config.router_type != "fixed":
+        raise ConfigError(
+            "fixed_routing_weights needs router_type='fixed', got router_type="
+            f"{config.router_type!r}."
+        )
+    if (
+        not isinstance(weights, list | tuple)
+        or len(weights) != config.num_experts
+        or not all(_is_number(weight) for weight in weights)
+    ):
+        _fail(
+            "fixed_routing_weights",
+            weights,
+            f"None or a list of num_experts={config.num_experts} finite numbers",
+        )
+    config.fixed_routing_weights = [float(weight) for weight in weights]
+
+
+def _check_stackable(config: MoELoraConfig) -> None:
+    for name in _UNSTACKABLE_FIELDS:
+        if getattr(config, name, None):
+            raise ConfigError(
+                f"{name} is not supported in a mixture of num_experts={config.num_experts} experts, "
+                f"got {getattr(config, name)!r}. Use one adapter per expert (plain LoraConfig) with "
+                "explicit routing_weights, or leave it unset."
+            )
+    if config.init_lora_weights not in _STACKABLE_INITS:
+        raise ConfigError(
+            f"init_lora_weights must be one of {', '.join(map(repr, _STACKABLE_INITS))} in a "
+            f"mixture, got {config.init_lora_weights!r}: data-driven initialisations assume one "
+            "update that is always on."
+        )
+
+
+def _warn_unused_routing_fields(config: MoELoraConfig) -> None:
+    defaults = {f.name: f.default for f in fields(config)}
+    unused = [name for name in _ROUTING_FIELDS if getattr(config, name) != defaults[name]]
+    if unused:
+        warnings.warn(
+            f"{', '.join(unused)} set although use_moe_routing=False: without routing these fields "
+            "have no effect.",
+            stacklevel=4,
+        )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    )

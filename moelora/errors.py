@@ -1,0 +1,33 @@
+"""The errors moelora raises: each derives from :class:`MoELoraError` and from the builtin it refines."""
+
+
+class MoELoraError(Exception):
+    """Base of every error raised on purpose by moelora."""
+
+
+class IncompatiblePeftError(MoELoraError, ImportError):
+    """The installed PEFT is outside the range moelora was tested with, or no longer looks like it."""
+
+
+class ConfigError(MoELoraError, ValueError):
+    """A field of ``MoELoraConfig`` holds a value that is not allowed."""
+
+
+class RoutingWeightsError(MoELoraError, ValueError):
+    """Explicit ``routing_weights`` that cannot be applied: wrong shape, type, value or model state."""
+
+
+class UnsupportedLayerError(MoELoraError, ValueError):
+    """A layer, LoRA variant or tuner for which routing has no exact meaning."""
+
+
+class MergeError(MoELoraError, ValueError):
+    """A routed mixture has no single merged weight."""
+
+
+class CheckpointError(MoELoraError, ValueError):
+    """An adapter folder whose files are missing, damaged, inconsistent or not ours."""
+
+
+class AuxLossError(MoELoraError, RuntimeError):
+    """The auxiliary loss could not reach the router exactly once with its weight."""

@@ -1,0 +1,465 @@
+"""The routed forward of every LoRA layer: one mechanism for all layer types.
+
+``base(x) + sum_e w_e(x) * scaling_e * B_e A_e dropout(x)``, mixed in rank space. The weights are the
+user's explicit ones, or come from the routers of the layer's active mixtures.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moelora import _peft
+from moelora.alignment import align_routing_weights, check_routing_weights
+from moelora.config import MoELoraConfig
+from moelora.errors import RoutingWeightsError, UnsupportedLayerError
+from moelora.ops import lora_combine, mix_ranks
+from moelora.routing import (
+    Routing,
+    drop_experts,
+    limit_capacity,
+    share_while_immature,
+    top_k_routing,
+)
+from moelora.scope import Frame, LayerBinding, TapeEntry
+
+
+@dataclass(frozen=True)
+class MixtureSpec:
+    """What a layer keeps of the config of one stacked adapter."""
+
+    num_experts: int
+    routed: bool
+    has_router: bool
+    top_k: int
+    temperature: float
+    capacity_factor: float | None
+    expert_dropout: float
+    loss_type: str
+    aux_loss_coef: float
+    fixed_weights: tuple[float, ...]
+
+    @classmethod
+    def from_config(cls, config: MoELoraConfig) -> "MixtureSpec":
+        """Take the routing fields of ``config``."""
+        uniform = [1.0 / config.num_experts] * config.num_experts
+        return cls(
+            num_experts=config.num_experts,
+            routed=config.routed,
+            has_router=config.has_router,
+            top_k=config.top_k_experts,
+            temperature=config.router_temperature,
+            capacity_factor=config.expert_capacity_factor,
+            expert_dropout=config.expert_dropout,
+            loss_type=config.load_balance_loss_type,
+            aux_loss_coef=config.router_aux_loss_coef,
+            fixed_weights=tuple(config.fixed_routing_weights or uniform),
+        )
+
+
+def mixtures_of(layer: nn.Module) -> dict[str, MixtureSpec]:
+    """The stacked adapters of a layer, by name."""
+    mixtures: dict[str, MixtureSpec] = layer.__dict__.get("moe_mixtures", {})
+    return mixtures
+
+
+def binding_of(layer: nn.Module) -> LayerBinding | None:
+    """The layer's place in its model; None if it was made by hand."""
+    binding: LayerBinding | None = layer.__dict__.get("_moelora_binding")
+    return binding
+
+
+def needs_routing(layer: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether this call of a LoRA layer is anything but plain PEFT."""
+    if "routing_weights" in kwargs:
+        return True
+    binding = layer.__dict__.get("_moelora_binding")
+    if binding is not None:
+        frame = binding.scope.top
+        if frame is not None and frame.weights is not None:
+            return True
+    mixtures = layer.__dict__.get("moe_mixtures")
+    if not mixtures:
+        return False
+    return any(name in mixtures and mixtures[name].routed for name in layer.active_adapters)
+
+
+def routed_forward(original: Any, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Forward of a LoRA layer with explicit weights or with routed mixtures.
+
+    Args:
+        original: the layer class's own forward, for calls in which nothing is routed.
+        layer: any PEFT LoRA layer.
+        x: the layer's input.
+        *args: passed on to the base layer.
+        **kwargs: ``routing_weights`` and PEFT's special arguments; the rest is passed on.
+
+    Returns:
+        A tensor of the base layer's shape and dtype.
+
+    Raises:
+        RoutingWeightsError: if explicit weights do not fit the call.
+        UnsupportedLayerError: if the layer or variant cannot be routed.
+    """
+    binding = binding_of(layer)
+    frame = None if binding is None else binding.scope.top
+    weights = kwargs.pop("routing_weights", None)
+    if weights is None and frame is not None:
+        weights = frame.weights
+    if layer.disable_adapters:
+        return original(layer, x, *args, **kwargs)
+    if weights is None and not needs_routing(layer, kwargs):
+        return original(layer, x, *args, **kwargs)
+    if kwargs.get("adapter_names") is not None:
+        raise RoutingWeightsError(
+            f"adapter_names cannot be combined with {_routing_source(weights)} in layer "
+            f"{_name(layer)!r}: give routing_weights that are one-hot per row instead."
+        )
+    if layer.merged:
+        if weights is None:
+            return original(layer, x, *args, **kwargs)
+        raise RoutingWeightsError(
+            f"routing_weights cannot be applied to layer {_name(layer)!r}, whose adapters "
+            f"{layer.merged_adapters} are merged. Call unmerge_adapter() first."
+        )
+    if weights is not None and (frame is None or weights is not frame.weights):
+        adapters = list(layer.active_adapters)
+        total = sum(_experts_of(layer, adapter) for adapter in adapters)
+        weights = check_routing_weights(weights, num_experts=total, adapters=adapters)
+    if isinstance(layer, _peft.WHOLE_WEIGHT_LAYERS):
+        return _constant_forward(original, layer, x, weights, args, kwargs)
+    return _mixed_forward(layer, x, weights, frame, args, kwargs)
+
+
+def _mixed_forward(
+    layer: Any,
+    x: Tensor,
+    weights: Tensor | None,
+    frame: Frame | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Tensor:
+    variant_kwargs = {key: kwargs.pop(key, None) for key in _peft.VARIANT_KWARG_KEYS}
+    base = layer.base_layer(x, *args, **kwargs)
+    if not isinstance(base, Tensor):
+        raise UnsupportedLayerError(
+            f"Layer {_name(layer)!r} cannot be routed: its base layer "
+            f"{type(layer.get_base_layer()).__name__} returns {type(base).__name__}, not a tensor."
+        )
+    if weights is None:
+        weight_of = _routed_weights(layer, x, frame)
+    else:
+        weight_of = _explicit_weights(layer, x, weights, frame)
+    result = base
+    for adapter, expert_weights in weight_of.items():
+        if adapter in layer.lora_variant:
+            delta = _variant_delta(layer, adapter, x, base, {**variant_kwargs, **kwargs})
+            if expert_weights is not None:
+                delta = delta * _over_features(layer, expert_weights, delta).to(delta.dtype)
+        elif adapter in layer.lora_embedding_A:
+            delta = _embedding_delta(layer, adapter, x, expert_weights)
+        elif isinstance(layer, _peft.ConvLayer):
+            delta = _conv_delta(layer, adapter, x, expert_weights)
+        else:
+            delta = _linear_delta(layer, adapter, x, expert_weights)
+        result = result + delta
+    return result.to(base.dtype)
+
+
+# Which weight each adapter gets --------------------------------------------------------------
+
+
+def _own_adapters(layer: Any) -> list[str]:
+    """Active adapters that this layer has, in order."""
+    return [
+        name
+        for name in layer.active_adapters
+        if name in layer.lora_A or name in layer.lora_embedding_A
+    ]
+
+
+def _explicit_weights(
+    layer: Any, x: Tensor, weights: Tensor, frame: Frame | None
+) -> dict[str, Tensor | None]:
+    """Each own adapter's columns; an adapter that this layer lacks keeps its columns."""
+    binding = binding_of(layer)
+    if isinstance(layer, _peft.ConvLayer) and weights.ndim >= 3 and weights.shape[1] != 1:
+        raise RoutingWeightsError(
+            f"Layer {_name(layer)!r} is a convolution and takes one weight vector per sample: "
+            f"[batch, E], [batch, 1, E] or [E], got shape {tuple(weights.shape)}."
+        )
+    aligned = align_routing_weights(
+        weights.to(x.device),
+        _lead(layer, x),
+        layer_name=_name(layer),
+        frame=frame,
+        block=None if binding is None else binding.block,
+    )
+    weight_of: dict[str, Tensor | None] = {}
+    own = _own_adapters(layer)
+    start = 0
+    for adapter in layer.active_adapters:
+        experts = _experts_of(layer, adapter)
+        if adapter in own:
+            weight_of[adapter] = aligned[..., start : start + experts]
+        start += experts
+    return weight_of
+
+
+def _routed_weights(layer: Any, x: Tensor, frame: Frame | None) -> dict[str, Tensor | None]:
+    """Weights by the layer's routers; a plain adapter is a shared expert of weight 1."""
+    mixtures = mixtures_of(layer)
+    own = _own_adapters(layer)
+    weight_of: dict[str, Tensor | None] = dict.fromkeys(own)
+    for adapter in own:
+        spec = mixtures.get(adapter)
+        if spec is not None and spec.routed and not spec.has_router:
+            weight_of[adapter] = x.new_tensor(spec.fixed_weights, dtype=torch.float32)
+    routers = [a for a in own if a in mixtures and mixtures[a].routed and mixtures[a].has_router]
+    if not routers:
+        return weight_of
+    routing = _route(layer, x, routers, frame)
+    per_token = routing.routing_weights.reshape(*_lead(layer, x), -1)
+    start = 0
+    for adapter in routers:
+        end = start + mixtures[adapter].num_experts
+        weight_of[adapter] = per_token[..., start:end]
+        start = end
+    return weight_of
+
+
+def _route(layer: Any, x: Tensor, routers: list[str], frame: Frame | None) -> Routing:
+    """Let the routers of ``routers`` decide together over all their experts.
+
+    Each mixture's temperature divides its own logits; top-k, capacity, dropout and loss are those
+    of the first active mixture.
+    """
+    mixtures = mixtures_of(layer)
+    spec = mixtures[routers[0]]
+    pooled = x
+    if isinstance(layer, _peft.ConvLayer):
+        # one decision per sample, from the mean over space: a convolution has no tokens
+        pooled = x.mean(dim=tuple(range(2, x.ndim)))
+    modules = [layer.lora_router[adapter] for adapter in routers]
+    logits = [
+        module(pooled).flatten(0, -2) / mixtures[adapter].temperature
+        for adapter, module in zip(routers, modules, strict=True)
+    ]
+    routing = top_k_routing(torch.cat(logits, dim=-1), top_k=spec.top_k)
+    token_mask = _token_mask(layer, x, frame)
+    if layer.training and spec.capacity_factor is not None:
+        routing = limit_capacity(
+            routing, capacity_factor=spec.capacity_factor, token_mask=token_mask
+        )
+    if any(module.mature is not None for module in modules):
+        mature = [
+            logits[0].new_ones(module.num_experts, dtype=torch.bool)
+            if module.mature is None
+            else module.mature
+            for module in modules
+        ]
+        routing = share_while_immature(routing, torch.cat(mature))
+    if layer.training and spec.expert_dropout > 0:
+        routing = drop_experts(routing, probability=spec.expert_dropout)
+    _report(layer, routing, spec, modules, frame, token_mask)
+    return routing
+
+
+def _report(
+    layer: Any,
+    routing: Routing,
+    spec: MixtureSpec,
+    modules: list[nn.Module],
+    frame: Frame | None,
+    token_mask: Tensor | None,
+) -> None:
+    binding = binding_of(layer)
+    if binding is None:
+        return
+    for recorder in binding.scope.recorders:
+        recorder.add(binding.name, routing)
+    if layer.training and frame is not None and frame.tape is not None and spec.aux_loss_coef > 0:
+        trainable = any(p.requires_grad for module in modules for p in module.parameters())
+        frame.tape.add(
+            TapeEntry(
+                layer_name=binding.name,
+                routing=routing,
+                token_mask=token_mask,
+                loss_type=spec.loss_type,
+                coefficient=spec.aux_loss_coef,
+                router_is_trainable=trainable,
+            )
+        )
+
+
+def _token_mask(layer: Any, x: Tensor, frame: Frame | None) -> Tensor | None:
+    """Which of the layer's tokens are real, where the model's mask speaks of these very tokens."""
+    binding = binding_of(layer)
+    if frame is None or binding is None or not layer.training:
+        return None
+    mask = frame.decoder_token_mask if binding.reads_decoder else frame.token_mask
+    lead = _lead(layer, x)
+    if mask is None or isinstance(layer, _peft.ConvLayer):
+        return None
+    if lead == tuple(mask.shape) or (len(lead) == 1 and lead[0] == mask.numel()):
+        return mask.reshape(-1)
+    return None
+
+
+# What each adapter adds ----------------------------------------------------------------------
+
+
+def _linear_delta(layer: Any, adapter: str, x: Tensor, weights: Tensor | None) -> Tensor:
+    lora_a, lora_b = layer.lora_A[adapter], layer.lora_B[adapter]
+    scaling = layer.scaling[adapter]
+    x = layer.lora_dropout[adapter](layer._cast_input_dtype(x, lora_a.weight.dtype))
+    if weights is None:
+        return lora_b(lora_a(x)) * scaling  # type: ignore[no-any-return]
+    scaled = weights * scaling
+    if lora_b.bias is None and _is_plain_linear(lora_a) and _is_plain_linear(lora_b):
+        return lora_combine(x, lora_a.weight, lora_b.weight, scaled)
+    delta = lora_b(mix_ranks(lora_a(x), scaled))
+    return _weigh_bias(delta, lora_b.bias, scaled)
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether using the weight is the same as calling the module (no hooks, no wrapper)."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return type(module) is nn.Linear and not hooked and "forward" not in module.__dict__
+
+
+def _weigh_bias(delta: Tensor, bias: Tensor | None, scaled: Tensor) -> Tensor:
+    """Correct for lora_B's bias, which was added with weight 1 instead of its expert's weight."""
+    return delta if bias is None else delta + (scaled.to(delta.dtype) - 1) * bias
+
+
+def _conv_delta(layer: Any, adapter: str, x: Tensor, weights: Tensor | None) -> Tensor:
+    lora_a, lora_b = layer.lora_A[adapter], layer.lora_B[adapter]
+    scaling = layer.scaling[adapter]
+    x = layer.lora_dropout[adapter](layer._cast_input_dtype(x, lora_a.weight.dtype))
+    if weights is None:
+        return lora_b(lora_a(x)) * scaling  # type: ignore[no-any-return]
+    scaled = (weights * scaling).reshape(-1, *(1,) * (layer._kernel_dim - 2), weights.shape[-1])
+    ranks = mix_ranks(lora_a(x).movedim(1, -1), scaled).movedim(-1, 1)
+    delta = lora_b(ranks)
+    if lora_b.bias is None:
+        return delta  # type: ignore[no-any-return]
+    factor = scaled.movedim(-1, 1).to(delta.dtype)
+    return delta + (factor - 1) * lora_b.bias.reshape(-1, *(1,) * (delta.ndim - 2))
+
+
+def _embedding_delta(layer: Any, adapter: str, x: Tensor, weights: Tensor | None) -> Tensor:
+    lora_a, lora_b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    ranks = layer._embed(
+        x,
+        lora_a.T,
+        input_fn=layer.input_fns.get(adapter),
+        output_fn=layer.output_fns.get(adapter),
+    )
+    scaling = layer.scaling[adapter]
+    if weights is None:
+        delta = (ranks @ lora_b.T) * scaling
+    else:
+        delta = F.linear(mix_ranks(ranks, weights * scaling), lora_b)
+    embed_scale = layer._get_embed_scale()
+    return delta if embed_scale is None else delta * embed_scale.to(delta.dtype)
+
+
+def _variant_delta(
+    layer: Any, adapter: str, x: Tensor, base: Tensor, kwargs: dict[str, Any]
+) -> Tensor:
+    """What a LoRA variant (DoRA ...) adds to the pure base output.
+
+    Variants return the whole output and may write into ``result``, so they get a copy; the
+    difference is taken in float32 since bfloat16 would lose it.
+    """
+    variant = layer.lora_variant[adapter]
+    if type(variant).__name__ in _peft.UNROUTABLE_VARIANTS:
+        raise UnsupportedLayerError(
+            f"Adapter {adapter!r} of layer {_name(layer)!r} uses {type(variant).__name__}, which "
+            "cannot be weighted: it routes over other adapters by itself."
+        )
+    if adapter in layer.lora_A:
+        x = layer._cast_input_dtype(x, layer.lora_A[adapter].weight.dtype)
+    wide = base.to(torch.promote_types(base.dtype, torch.float32))
+    output = variant.forward(
+        layer, active_adapter=adapter, x=x, result=wide.clone(), **kwargs
+    )
+    return output.to(wide.dtype) - wide  # type: ignore[no-any-return]
+
+
+def _over_features(layer: Any, weights: Tensor, delta: Tensor) -> Tensor:
+    """Shape the one weight per token (or sample) to multiply a whole layer output."""
+    if isinstance(layer, _peft.ConvLayer):
+        return weights.reshape(-1, *(1,) * (delta.ndim - 1))
+    return weights
+
+
+# Layers that use their whole weight at once --------------------------------------------------
+
+
+def _constant_forward(
+    original: Any,
+    layer: Any,
+    x: Tensor,
+    weights: Tensor | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """nn.MultiheadAttention: PEFT merges the adapters for the call, so weights must be constant."""
+    if isinstance(layer, _peft.ParamWrapper) or weights is None:
+        raise UnsupportedLayerError(
+            f"Layer {_name(layer)!r} (lora.{type(layer).__name__}) cannot be routed: it adapts a "
+            "whole parameter, for which weights per token or sample have no meaning. Leave it out "
+            "of target_parameters / target_modules, or call without routing_weights."
+        )
+    if weights.numel() != weights.shape[-1]:
+        raise UnsupportedLayerError(
+            f"Layer {_name(layer)!r} (lora.{type(layer).__name__}) merges its adapters for the call "
+            f"and takes only constant routing_weights [E], got shape {tuple(weights.shape)}."
+        )
+    constant = weights.reshape(-1)
+    layers = [layer, layer.base_layer.out_proj]
+    before = [dict(part.scaling) for part in layers]
+    try:
+        start = 0
+        for adapter in layer.active_adapters:
+            for part in layers:
+                if adapter in part.scaling:
+                    part.scaling[adapter] = part.scaling[adapter] * constant[start]
+            start += _experts_of(layer, adapter)
+        return original(layer, x, *args, **kwargs)
+    finally:
+        for part, scaling in zip(layers, before, strict=True):
+            part.scaling.update(scaling)
+
+
+# Small facts about a layer -------------------------------------------------------------------
+
+
+def _lead(layer: Any, x: Tensor) -> tuple[int, ...]:
+    """The axes of the input that hold tokens (or samples)."""
+    if isinstance(layer, _peft.ConvLayer):
+        return tuple(x.shape[:1])
+    if layer.lora_embedding_A:
+        return tuple(x.shape)
+    return tuple(x.shape[:-1])
+
+
+def _experts_of(layer: nn.Module, adapter: str) -> int:
+    spec = mixtures_of(layer).get(adapter)
+    if spec is not None:
+        return spec.num_experts
+    binding = binding_of(layer)
+    return 1 if binding is None else binding.experts_of.get(adapter, 1)
+
+
+def _name(layer: nn.Module) -> str:
+    binding = binding_of(layer)
+    return type(layer).__name__ if binding is None else binding.name
+
+
+def _routing_source(weights: Tensor | None) -> str:
+    return "a routed mixture" if weights is None else "routing_weights"

@@ -1,0 +1,297 @@
+"""Mixtures in a LoRA model: making their layers, and what merging means for them.
+
+The functions here replace methods of PEFT's ``LoraModel`` and LoRA layers (see ``_peft``); each gets
+the original first and leaves plain LoRA adapters to it.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moelora import _peft
+from moelora.config import MoELoraConfig
+from moelora.errors import ConfigError, MergeError, UnsupportedLayerError
+from moelora.layer import MixtureSpec, mixtures_of
+from moelora.model import bind, unbind
+from moelora.router import ModuleRouter
+
+
+def inject_adapter(
+    original: Callable[..., Any],
+    tuner: Any,
+    model: nn.Module,
+    adapter_name: str,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Inject as PEFT does, after checking all targets, and tell every layer its place."""
+    config = tuner.peft_config[adapter_name]
+    if isinstance(config, MoELoraConfig):
+        _check_targets(tuner, model, config)
+    original(tuner, model, adapter_name, *args, **kwargs)
+    if not isinstance(tuner, _peft.AdaLoraModel):
+        bind(model, tuner.peft_config)
+
+
+def _check_targets(tuner: Any, model: nn.Module, config: MoELoraConfig) -> None:
+    """Refuse layers that cannot hold a mixture before the first one is replaced."""
+    if not _is_stack(config) or config.target_modules in (None, "all-linear"):
+        return
+    for name, module in model.named_modules():
+        if name and tuner._check_target_module_exists(config, name):
+            _check_base_layer(module, name, config)
+
+
+def _check_base_layer(module: nn.Module, name: str, config: MoELoraConfig) -> None:
+    base = module.get_base_layer() if isinstance(module, _peft.BaseTunerLayer) else module
+    if isinstance(base, nn.MultiheadAttention):
+        raise UnsupportedLayerError(
+            f"A mixture cannot adapt {name!r}: nn.MultiheadAttention uses its whole weight at once, "
+            "so its tokens cannot be routed. Leave it out of target_modules."
+        )
+    groups = getattr(base, "groups", 1)
+    if isinstance(groups, int) and groups > 1:
+        raise UnsupportedLayerError(
+            f"A mixture cannot adapt {name!r}: a convolution with groups={groups} would give each "
+            f"group other experts. Leave it out of target_modules (num_experts="
+            f"{config.num_experts})."
+        )
+
+
+def _is_stack(config: MoELoraConfig) -> bool:
+    return config.num_experts > 1 or config.use_moe_routing
+
+
+def create_and_replace(
+    original: Callable[..., Any],
+    tuner: Any,
+    lora_config: Any,
+    adapter_name: str,
+    target: nn.Module,
+    target_name: str,
+    parent: nn.Module,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Make a LoRA layer of rank ``num_experts * r`` with a router in its bottleneck."""
+    if not isinstance(lora_config, MoELoraConfig) or not _is_stack(lora_config):
+        original(tuner, lora_config, adapter_name, target, target_name, parent, *args, **kwargs)
+        return
+    _check_base_layer(target, kwargs.get("current_key", target_name), lora_config)
+    stacked = _stacked_config(lora_config)
+    original(tuner, stacked, adapter_name, target, target_name, parent, *args, **kwargs)
+    # dispatching corrects this field for Conv1D bases; it is saved with the adapter
+    lora_config.fan_in_fan_out = stacked.fan_in_fan_out
+    _add_mixture(getattr(parent, target_name), adapter_name, lora_config)
+
+
+def _stacked_config(config: MoELoraConfig) -> MoELoraConfig:
+    """The config of the one LoRA that holds all experts, each keeping its own scaling."""
+    experts = config.num_experts
+    # rsLoRA divides by sqrt(r), so the total rank's root is what alpha has to make up for
+    alpha_factor = math.sqrt(experts) if config.use_rslora else experts
+    stacked = copy.copy(config)
+    stacked.r = config.r * experts
+    stacked.lora_alpha = config.lora_alpha * alpha_factor  # type: ignore[assignment]
+    stacked.rank_pattern = {k: v * experts for k, v in (config.rank_pattern or {}).items()}
+    stacked.alpha_pattern = {k: v * alpha_factor for k, v in (config.alpha_pattern or {}).items()}
+    return stacked
+
+
+def _add_mixture(layer: Any, adapter_name: str, config: MoELoraConfig) -> None:
+    """Give a freshly stacked adapter its spec and its router."""
+    if "moe_mixtures" not in layer.__dict__:
+        layer.moe_mixtures = {}
+        layer.other_param_names = (*layer.other_param_names, "moe_mixtures")
+    layer.moe_mixtures[adapter_name] = MixtureSpec.from_config(config)
+    if config.init_lora_weights == "gaussian" and adapter_name in layer.lora_A:
+        # PEFT's deviation is 1 / rank; an expert's own rank is what a single LoRA would have used
+        std = config.num_experts / layer.r[adapter_name]
+        if layer.lora_A[adapter_name].weight.device.type != "meta":
+            nn.init.normal_(layer.lora_A[adapter_name].weight, std=std)
+    if config.has_router:
+        _add_router(layer, adapter_name, config)
+
+
+def _add_router(layer: Any, adapter_name: str, config: MoELoraConfig) -> None:
+    is_embedding = adapter_name in layer.lora_embedding_A
+    weight = layer.lora_embedding_A[adapter_name] if is_embedding else layer.lora_A[adapter_name].weight
+    if "lora_router" not in layer._modules:
+        layer.lora_router = nn.ModuleDict()
+        layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_router")
+    router = ModuleRouter(
+        in_features=weight.shape[1],
+        num_experts=config.num_experts,
+        hidden_size=config.router_hidden_size,
+        track_maturity=config.router_type == "learned_with_maturity",
+        reads_indices=is_embedding,
+    )
+    if weight.device.type != "meta":
+        router = router.to(device=weight.device, dtype=weight.dtype)
+    layer.lora_router[adapter_name] = router
+    layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
+
+
+def mark_mature(
+    model: nn.Module,
+    adapter_name: str = "default",
+    *,
+    experts: Iterable[int] | None = None,
+    mature: bool = True,
+) -> None:
+    """Mark experts of a mixture with ``router_type="learned_with_maturity"`` as mature (or young).
+
+    While any active expert is immature all experts share every token; once all are mature, tokens
+    are routed to their top k.
+
+    Args:
+        model: a PEFT model or any module that holds the mixture's layers.
+        adapter_name: the mixture.
+        experts: indices of the experts; None for all of them.
+        mature: False makes them young again.
+
+    Raises:
+        ConfigError: if no layer has such a mixture, or an index is out of range; nothing is changed
+            then.
+    """
+    routers = [
+        module.lora_router[adapter_name]
+        for module in model.modules()
+        if isinstance(module, _peft.LoraLayer)
+        and "lora_router" in module._modules
+        and adapter_name in module.lora_router
+    ]
+    buffers = [router.mature for router in routers if router.mature is not None]
+    if not buffers:
+        raise ConfigError(
+            f"No mixture {adapter_name!r} with router_type='learned_with_maturity' in this model."
+        )
+    number = buffers[0].shape[0]
+    chosen = list(range(number)) if experts is None else list(experts)
+    for index in chosen:
+        if not 0 <= index < number:
+            raise ConfigError(f"experts must be in [0, {number}), got {index}.")
+    with torch.no_grad():
+        for buffer in buffers:
+            buffer[chosen] = mature
+
+
+# Merging -------------------------------------------------------------------------------------
+
+
+def get_delta_weight(
+    original: Callable[..., Tensor], layer: Any, adapter: str, *args: Any, **kwargs: Any
+) -> Tensor:
+    """The merged update of an adapter: for fixed routing the weighted sum of its experts.
+
+    Raises:
+        MergeError: for learned routing, whose update depends on the token.
+    """
+    spec = mixtures_of(layer).get(adapter)
+    if spec is None or not spec.routed:
+        return original(layer, adapter, *args, **kwargs)
+    if spec.has_router:
+        raise _learned_merge_error([adapter])
+    with _weighted_rows(layer, adapter, spec):
+        return original(layer, adapter, *args, **kwargs)
+
+
+@contextmanager
+def _weighted_rows(layer: Any, adapter: str, spec: MixtureSpec) -> Iterator[None]:
+    """Let A's rows carry their expert's fixed weight while PEFT multiplies B and A."""
+    is_embedding = adapter in layer.lora_embedding_A
+    holder = layer.lora_embedding_A if is_embedding else layer.lora_A[adapter]
+    name = adapter if is_embedding else "weight"
+    parameter = holder[name] if is_embedding else holder.weight
+    weights = parameter.new_tensor(spec.fixed_weights)
+    factors = weights.repeat_interleave(parameter.shape[0] // spec.num_experts)
+    weighted = parameter.detach() * factors.reshape(-1, *(1,) * (parameter.ndim - 1))
+    _set_parameter(holder, name, nn.Parameter(weighted, requires_grad=False))
+    try:
+        yield
+    finally:
+        _set_parameter(holder, name, parameter)
+
+
+def _set_parameter(holder: Any, name: str, parameter: nn.Parameter) -> None:
+    if isinstance(holder, nn.ParameterDict):
+        holder[name] = parameter
+    else:
+        holder.weight = parameter
+
+
+def unload_and_optionally_merge(
+    original: Callable[..., Any],
+    tuner: Any,
+    merge: bool = True,
+    progressbar: bool = False,
+    safe_merge: bool = False,
+    adapter_names: list[str] | None = None,
+) -> nn.Module:
+    """Refuse to merge learned routing before the first layer is touched; take our hooks along."""
+    if merge:
+        _check_mergeable(tuner, adapter_names)
+    base = original(
+        tuner,
+        merge=merge,
+        progressbar=progressbar,
+        safe_merge=safe_merge,
+        adapter_names=adapter_names,
+    )
+    unbind(base)
+    return base  # type: ignore[no-any-return]
+
+
+def merge_adapter(
+    original: Callable[..., Any],
+    tuner: Any,
+    adapter_names: list[str] | None = None,
+    safe_merge: bool = False,
+) -> None:
+    """Refuse to merge learned routing before the first layer is touched."""
+    _check_mergeable(tuner, adapter_names)
+    original(tuner, adapter_names=adapter_names, safe_merge=safe_merge)
+
+
+def _check_mergeable(tuner: Any, adapter_names: list[str] | None) -> None:
+    names = tuner.active_adapters if adapter_names is None else adapter_names
+    learned = [name for name in names if _has_router(tuner, name)]
+    if learned:
+        raise _learned_merge_error(learned)
+
+
+def _has_router(tuner: Any, name: str) -> bool:
+    config = tuner.peft_config.get(name)
+    return isinstance(config, MoELoraConfig) and config.has_router
+
+
+def _learned_merge_error(names: list[str]) -> MergeError:
+    return MergeError(
+        f"Adapter(s) {names} cannot be merged: a routed mixture has no single merged weight, its "
+        "update depends on the token. Keep the adapter unmerged, or use router_type='fixed'."
+    )
+
+
+def add_weighted_adapter(
+    original: Callable[..., Any], tuner: Any, adapters: list[str], *args: Any, **kwargs: Any
+) -> None:
+    """Refuse mixtures, whose stacked tensors are no single LoRA's."""
+    mixtures = [
+        name
+        for name in adapters
+        if isinstance(tuner.peft_config.get(name), MoELoraConfig)
+        and _is_stack(tuner.peft_config[name])
+    ]
+    if mixtures:
+        raise MergeError(
+            f"Adapter(s) {mixtures} are mixtures of experts and cannot be combined by "
+            "add_weighted_adapter: activate them together instead, set_adapter([...])."
+        )
+    original(tuner, adapters, *args, **kwargs)
+
+

@@ -1,0 +1,56 @@
+"""Looking at the routing of a model's last forward."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from moelora.errors import UnsupportedLayerError
+from moelora.model import base_of, scope_of
+from moelora.routing import Routing
+
+
+class RoutingRecord:
+    """The routing of the last forward: by layer name, what its router decided.
+
+    Attributes:
+        routing: one :class:`~moelora.routing.Routing` per routed layer, tokens flattened
+            ``batch * seq``, without graph. Replaced at each forward, so memory stays bounded.
+    """
+
+    def __init__(self) -> None:
+        self.routing: dict[str, Routing] = {}
+
+    def begin_forward(self) -> None:
+        """Forget the forward before."""
+        self.routing = {}
+
+    def add(self, layer_name: str, routing: Routing) -> None:
+        """Keep one layer's decision."""
+        self.routing[layer_name] = routing.detach()
+
+
+@contextmanager
+def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
+    """Record what the routers of ``model`` decide while the block runs.
+
+    Args:
+        model: a PEFT model with LoRA adapters, or the model they were injected into.
+
+    Yields:
+        The record; it stays readable after the block.
+
+    Raises:
+        UnsupportedLayerError: if the model has no LoRA adapters.
+    """
+    scope = scope_of(base_of(model))
+    if scope is None:
+        raise UnsupportedLayerError(
+            f"{type(model).__name__} has no LoRA adapters whose routing could be recorded."
+        )
+    record = RoutingRecord()
+    scope.recorders.append(record)
+    try:
+        yield record
+    finally:
+        scope.recorders.remove(record)

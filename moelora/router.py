@@ -1,0 +1,82 @@
+"""Router modules: they own parameters and turn hidden states into router logits."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+#: Router rows start small and random: with equal rows every token would go to the first experts.
+ROUTER_INIT_STD = 0.02
+
+
+class ModuleRouter(nn.Module):
+    """The router of one adapted layer, reading the layer's own input.
+
+    ``logits = x @ weight.T``, or ``silu(x @ hidden_weight.T) @ weight.T`` with a hidden layer. Its
+    parameters lie directly in it (no submodules), so that PEFT's state-dict functions find them as
+    ``<layer>.lora_router.<adapter>.<name>``.
+
+    Args:
+        in_features: width of what the layer's ``lora_A`` reads.
+        num_experts: experts to choose from.
+        hidden_size: width of the hidden layer, or None.
+        track_maturity: keep the buffer ``mature`` (all True at first).
+        reads_indices: the layer is an embedding; the input is token ids, each a one-hot vector.
+    """
+
+    weight: nn.Parameter
+    hidden_weight: nn.Parameter | None
+    mature: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        in_features: int,
+        num_experts: int,
+        hidden_size: int | None = None,
+        track_maturity: bool = False,
+        reads_indices: bool = False,
+    ) -> None:
+        super().__init__()
+        self.reads_indices = reads_indices
+        self.weight = nn.Parameter(torch.zeros(num_experts, hidden_size or in_features))
+        hidden = None if hidden_size is None else nn.Parameter(torch.zeros(hidden_size, in_features))
+        self.register_parameter("hidden_weight", hidden)
+        mature = torch.ones(num_experts, dtype=torch.bool) if track_maturity else None
+        self.register_buffer("mature", mature)
+        self.reset_parameters()
+
+    @property
+    def num_experts(self) -> int:
+        """The number of experts this router chooses from."""
+        return self.weight.shape[0]
+
+    def reset_parameters(self) -> None:
+        """Draw all rows anew from a normal distribution."""
+        nn.init.normal_(self.weight, std=ROUTER_INIT_STD)
+        if self.hidden_weight is not None:
+            # variance is kept through the hidden layer, as nn.Linear does
+            nn.init.kaiming_uniform_(self.hidden_weight, a=5**0.5)
+
+    def forward(self, hidden_states: Tensor) -> Float[Tensor, "*batch experts"]:
+        """Return the router logits, at least float32, also under autocast.
+
+        Args:
+            hidden_states: ``(..., in_features)`` floats, or ``(...)`` token ids for an embedding.
+        """
+        with torch.autocast(device_type=hidden_states.device.type, enabled=False):
+            dtype = torch.promote_types(self.weight.dtype, torch.float32)
+            first = self.weight if self.hidden_weight is None else self.hidden_weight
+            if self.reads_indices:
+                scores = F.embedding(hidden_states, first.t().to(dtype))
+            else:
+                dtype = torch.promote_types(dtype, hidden_states.dtype)
+                scores = F.linear(hidden_states.to(dtype), first.to(dtype))
+            if self.hidden_weight is None:
+                return scores
+            return F.linear(F.silu(scores), self.weight.to(dtype))
+
+    def extra_repr(self) -> str:
+        """Name the sizes in ``repr(model)``."""
+        hidden = "" if self.hidden_weight is None else f", hidden_size={self.hidden_weight.shape[0]}"
+        return f"num_experts={self.num_experts}{hidden}"

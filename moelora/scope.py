@@ -1,0 +1,188 @@
+"""What one forward pass knows about routing, and how the layers of a model find it.
+
+A :class:`RoutingScope` belongs to one base model. While a forward runs, its top :class:`Frame` holds
+the explicit weights, the padding mask and the tape of router decisions. Frames are kept per thread
+and leave with the forward, also when it raises; nothing that carries a graph stays.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from moelora.routing import Routing
+
+
+@dataclass(frozen=True)
+class TapeEntry:
+    """One router's decision during a training forward, until the losses are taken from it."""
+
+    layer_name: str
+    routing: Routing
+    token_mask: Tensor | None
+    loss_type: str
+    coefficient: float
+    router_is_trainable: bool
+
+
+@dataclass
+class Tape:
+    """The router decisions of one forward. Once closed (by the end of that forward) it takes none.
+
+    A checkpointed block that is recomputed in backward meets the closed tape of its own forward, so
+    nothing is counted twice.
+    """
+
+    entries: list[TapeEntry] = field(default_factory=list)
+    closed: bool = False
+
+    def add(self, entry: TapeEntry) -> None:
+        """Keep ``entry`` while the forward runs."""
+        if not self.closed:
+            self.entries.append(entry)
+
+    def close(self) -> list[TapeEntry]:
+        """Return the entries and forget them."""
+        entries, self.entries, self.closed = self.entries, [], True
+        return entries
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One forward (or one ``generate`` call) of the base model.
+
+    Attributes:
+        weights: the user's explicit routing weights, or None to route by the adapters' routers.
+        batch_shape: ``(batch, seq)`` of the model's input where it has one.
+        generating: inside ``generate``; rows may be repeated ``row_repeats`` times, and positions
+            past those given take the last one.
+        row_repeats: beams or returned sequences per row.
+        token_mask: ``(batch, seq)`` True for real tokens; None without padding information.
+        decoder_token_mask: the same for the decoder's tokens of an encoder-decoder model.
+        tape: where routers leave their decisions in training.
+        is_forward: made by the base model's forward, not by ``generate``.
+        outer: the frame to return to.
+    """
+
+    weights: Tensor | None = None
+    batch_shape: tuple[int, int] | None = None
+    generating: bool = False
+    row_repeats: int = 1
+    token_mask: Tensor | None = None
+    decoder_token_mask: Tensor | None = None
+    tape: Tape | None = None
+    is_forward: bool = False
+    outer: "Frame | None" = None
+
+
+class _FrameStack(threading.local):
+    """The top frame of each thread."""
+
+    def __init__(self) -> None:
+        self.top: Frame | None = None
+
+
+class RoutingRecorder(Protocol):
+    """What :func:`moelora.record_routing` registers."""
+
+    def begin_forward(self) -> None:
+        """A forward of the model begins."""
+
+    def add(self, layer_name: str, routing: Routing) -> None:
+        """A layer has routed."""
+
+
+class RoutingScope:
+    """The routing state of one base model, shared by its layers. Copies start without frames."""
+
+    def __init__(self) -> None:
+        self._frames = _FrameStack()
+        self.recorders: list[RoutingRecorder] = []
+        self.aux_loss_scale: float | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RoutingScope":
+        copied = RoutingScope()
+        copied.aux_loss_scale = self.aux_loss_scale
+        memo[id(self)] = copied
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"aux_loss_scale": self.aux_loss_scale}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._frames = _FrameStack()
+        self.recorders = []
+        self.aux_loss_scale = state["aux_loss_scale"]
+
+    @property
+    def top(self) -> Frame | None:
+        """The current frame of this thread."""
+        return self._frames.top
+
+    def push(self, frame: Frame) -> None:
+        """Enter ``frame``."""
+        self._frames.top = replace(frame, outer=self._frames.top)
+
+    def pop(self) -> Frame | None:
+        """Leave the top frame and return it."""
+        frame = self._frames.top
+        self._frames.top = None if frame is None else frame.outer
+        return frame
+
+    @contextmanager
+    def entered(self, frame: Frame) -> Iterator[None]:
+        """Run a block inside ``frame``, whatever happens in it."""
+        before = self._frames.top
+        self._frames.top = replace(frame, outer=before)
+        try:
+            yield
+        finally:
+            self._frames.top = before
+
+
+class ScopedCheckpoint:
+    """A gradient checkpointing function that recomputes a block inside the frame of its forward.
+
+    The recomputation happens in backward, possibly in another thread, when the forward's frame is
+    long gone. Explicit weights travel as a tensor argument, so that they get their gradient under
+    reentrant checkpointing too.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any], scope: RoutingScope) -> None:
+        self.checkpoint = checkpoint
+        self.scope = scope
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Checkpoint ``function(*args)``, remembering the current frame."""
+        frame = self.scope.top
+        if frame is None:
+            return self.checkpoint(function, *args, **kwargs)
+        rest = replace(frame, weights=None, outer=None)
+
+        def run(weights: Tensor | None, *inner: Any) -> Any:
+            with self.scope.entered(replace(rest, weights=weights)):
+                return function(*inner)
+
+        return self.checkpoint(run, frame.weights, *args, **kwargs)
+
+
+@dataclass
+class LayerBinding:
+    """What an adapted layer knows about its place in the model.
+
+    Attributes:
+        scope: the model's routing scope.
+        name: the layer's name in the base model.
+        block: ``(index, number)`` of the transformer block it lies in, or None outside of blocks.
+        reads_decoder: True if its input are the decoder's tokens, of an encoder-decoder model.
+        experts_of: number of experts of each adapter of the model, by name.
+    """
+
+    scope: RoutingScope
+    name: str
+    block: tuple[int, int] | None
+    reads_decoder: bool
+    experts_of: dict[str, int]
