@@ -6,6 +6,7 @@
 
 from moelora import _peft
 from moelora._peft import install, is_installed, uninstall
+from moelora.callbacks import MoETrainerCallback
 from moelora.config import MoELoraConfig
 from moelora.errors import (
     AuxLossError,
@@ -32,6 +33,7 @@ __all__ = [
     "MergeError",
     "MoELoraConfig",
     "MoELoraError",
+    "MoETrainerCallback",
     "Routing",
     "RoutingRecord",
     "RoutingWeightsError",

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import peft
-import peft.mapping
 import peft.tuners.lora
 from packaging.version import Version
-from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel
+from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.adalora import AdaLoraLayer, AdaLoraModel
 from peft.tuners.lora import LoraModel
@@ -58,6 +57,7 @@ __all__ = [
     "PeftConfig",
     "PeftMixedModel",
     "PeftModel",
+    "get_peft_model",
     "get_submodules",
     "install",
     "is_installed",
@@ -101,8 +101,9 @@ def install() -> None:
     """Add moelora to PEFT: registries, the forward argument, the layer classes. Idempotent.
 
     Raises:
-        IncompatiblePeftError: an ``ImportError``, if the installed PEFT is outside ``PEFT_RANGE`` or
-            a patched function has other parameters than the tested ones. Nothing is changed then.
+        IncompatiblePeftError: an ``ImportError``, if the installed PEFT is outside ``PEFT_RANGE``
+            or a patched function has other parameters than the tested ones; nothing is changed
+            then.
     """
     with _lock:
         if _undo:
@@ -144,8 +145,8 @@ def _check_signature(patch: _Patch) -> None:
     found = tuple(inspect.signature(function).parameters) if callable(function) else ()
     if found[: len(patch.parameters)] != patch.parameters:
         raise IncompatiblePeftError(
-            f"{patch.owner.__name__}.{patch.name} of peft {peft.__version__} has parameters {found}, "
-            f"moelora was tested with {patch.parameters}."
+            f"{patch.owner.__name__}.{patch.name} of peft {peft.__version__} has parameters "
+            f"{found}, moelora was tested with {patch.parameters}."
         )
 
 
@@ -167,14 +168,15 @@ def _register() -> None:
     """Make the config known: by its type on disk, and by name in PEFT's public modules."""
     from moelora.config import DISK_PEFT_TYPE, MoELoraConfig
 
-    for mapping, value in (
+    registries: tuple[tuple[dict[Any, Any], type], ...] = (
         (PEFT_TYPE_TO_CONFIG_MAPPING, MoELoraConfig),
         (PEFT_TYPE_TO_TUNER_MAPPING, LoraModel),
-    ):
-        mapping[DISK_PEFT_TYPE] = value  # type: ignore[index]
-        _undo.append(functools.partial(mapping.pop, DISK_PEFT_TYPE, None))  # type: ignore[arg-type]
+    )
+    for registry, value in registries:
+        registry[DISK_PEFT_TYPE] = value
+        _undo.append(functools.partial(registry.pop, DISK_PEFT_TYPE, None))
     for module in (peft, peft.tuners, peft.tuners.lora):
-        module.MoELoraConfig = MoELoraConfig
+        vars(module)["MoELoraConfig"] = MoELoraConfig
         _undo.append(functools.partial(delattr, module, "MoELoraConfig"))
 
 
@@ -211,7 +213,8 @@ def _patches() -> Iterator[_Patch]:
     ):
         make = functools.partial(_classmethod, replacement)
         yield _Patch(LoraModel, name, make, parameters)
-    for owner in (PeftModel, PeftMixedModel):
+    callers: tuple[type, ...] = (PeftModel, PeftMixedModel)
+    for owner in callers:
         yield _Patch(owner, "__call__", functools.partial(_method, model.call_with_routing), None)
     for owner in (PeftModel, *_subclasses(PeftModel)):
         if "generate" in vars(owner):
@@ -255,18 +258,18 @@ def _patches_of_layer_class(layer_class: type) -> Iterator[_Patch]:
         yield _Patch(layer_class, "get_delta_weight", make, ("self",))
 
 
-def _init_subclass(original: Any) -> Any:
+def _init_subclass(_original: Any) -> Any:
     """Serve LoRA layer classes that are defined later (bitsandbytes', a user's own)."""
 
     def __init_subclass__(cls: type, **kwargs: Any) -> None:
-        super(LoraLayer, cls).__init_subclass__(**kwargs)
+        super(LoraLayer, cls).__init_subclass__(**kwargs)  # type: ignore[misc]
         if issubclass(cls, AdaLoraLayer):
             return
         with _lock:
             for patch in _patches_of_layer_class(cls):
                 _apply(patch)
 
-    return classmethod(__init_subclass__)
+    return classmethod(__init_subclass__)  # type: ignore[arg-type]
 
 
 def _routed_forward(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -305,6 +308,7 @@ def _classmethod(replacement: Callable[..., Any], original: Any) -> Any:
 def _subclasses(cls: type) -> list[type]:
     """All subclasses, each once."""
     found: dict[type, None] = {}
+    subclass: type
     for subclass in cls.__subclasses__():
         found[subclass] = None
         found.update(dict.fromkeys(_subclasses(subclass)))

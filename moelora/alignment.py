@@ -89,7 +89,7 @@ def align_routing_weights(
     if weights.ndim == 2 and frame is None and len(lead) == 1 and weights.shape[0] == lead[0]:
         return weights
     if not lead:
-        raise _misaligned(weights, lead, layer_name)
+        raise RoutingWeightsError(_misaligned(weights, lead, layer_name))
     if len(lead) == 1:
         return _align_flat(per_token, lead[0], layer_name=layer_name, frame=frame)
     per_token = _repeat_rows(per_token, lead[0], frame)
@@ -98,20 +98,18 @@ def align_routing_weights(
     for size in lead[1:]:
         inner *= size
     if rows not in (1, lead[0]) or positions not in (1, inner):
-        raise _misaligned(weights, lead, layer_name)
+        raise RoutingWeightsError(_misaligned(weights, lead, layer_name))
     shape = (1,) * (len(lead) - 1) if positions == 1 else lead[1:]
     return per_token.reshape(rows, *shape, weights.shape[-1])
 
 
-def _align_flat(
-    per_token: Tensor, tokens: int, *, layer_name: str, frame: Frame | None
-) -> Tensor:
+def _align_flat(per_token: Tensor, tokens: int, *, layer_name: str, frame: Frame | None) -> Tensor:
     """Weights for an input flattened to ``[batch * seq]``, or with one row per sample."""
     batch, seq = (None, None) if frame is None else (frame.batch_shape or (None, None))
     if batch is None or seq is None:
         batch, seq = per_token.shape[:2]
         if seq == 1 and tokens != batch and batch != 1:
-            raise _misaligned(per_token, (tokens,), layer_name)
+            raise RoutingWeightsError(_misaligned(per_token, (tokens,), layer_name))
     per_token = _repeat_rows(per_token, batch, frame)
     rows, positions = per_token.shape[:2]
     if rows == 1 and positions == 1:
@@ -120,7 +118,7 @@ def _align_flat(
         return per_token.reshape(rows, -1)
     if tokens == batch * seq and rows in (1, batch) and positions in (1, seq):
         return per_token.expand(batch, seq, -1).reshape(tokens, -1)
-    raise _misaligned(per_token, (tokens,), layer_name)
+    raise RoutingWeightsError(_misaligned(per_token, (tokens,), layer_name))
 
 
 def _repeat_rows(per_token: Tensor, rows: int, frame: Frame | None) -> Tensor:
@@ -136,21 +134,21 @@ def _repeat_rows(per_token: Tensor, rows: int, frame: Frame | None) -> Tensor:
 def _select_block(weights: Tensor, *, layer_name: str, block: tuple[int, int] | None) -> Tensor:
     if block is None:
         raise RoutingWeightsError(
-            f"routing_weights with a layers axis, got shape {tuple(weights.shape)}, cannot be given "
-            f"to {layer_name!r}, which lies in no transformer block."
+            f"routing_weights with a layers axis, got shape {tuple(weights.shape)}, cannot be "
+            f"given to {layer_name!r}, which lies in no transformer block."
         )
     index, number = block
     if weights.shape[2] != number:
         raise RoutingWeightsError(
-            f"routing_weights must have {number} layers in axis 2, one per transformer block around "
-            f"{layer_name!r}, got shape {tuple(weights.shape)}."
+            f"routing_weights must have {number} layers in axis 2, one per transformer block "
+            f"around {layer_name!r}, got shape {tuple(weights.shape)}."
         )
     return weights[:, :, index]
 
 
-def _misaligned(weights: Tensor, lead: tuple[int, ...], layer_name: str) -> RoutingWeightsError:
-    return RoutingWeightsError(
-        f"routing_weights of shape {tuple(weights.shape)} cannot be aligned with the input of layer "
-        f"{layer_name!r}, whose axes before the features are {lead}. Per-token weights need the same "
-        "batch and seq; [batch, E], [batch, 1, E] and [E] broadcast over seq."
+def _misaligned(weights: Tensor, lead: tuple[int, ...], layer_name: str) -> str:
+    return (
+        f"routing_weights of shape {tuple(weights.shape)} cannot be aligned with the input of "
+        f"layer {layer_name!r}, whose axes before the features are {lead}. Per-token weights need "
+        "the same batch and seq; [batch, E], [batch, 1, E] and [E] broadcast over seq."
     )

@@ -1,9 +1,11 @@
 """How the auxiliary loss reaches the router: once, with its weight, or not without an error.
 
-* The output holds a loss: ``coefficient * mean over routers`` is added to it, times this
+* The output holds a loss: ``mean over routers of coefficient * loss`` is added to it, times this
   micro-batch's share of ``num_items_in_batch`` when the trainer passes that.
 * It holds none (the loss is computed outside): the gradient is attached to the output, with the
   scale that was told, or 1.
+* A router ran without a gradient (reentrant checkpointing): its gradient is attached when its block
+  is recomputed in backward, with the scale that the model's loss was found to have.
 """
 
 from typing import Any
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 from moelora.errors import AuxLossError
 from moelora.losses import auxiliary_loss
 from moelora.outputs import with_aux_loss
-from moelora.scope import TapeEntry
+from moelora.routing import Routing
+from moelora.scope import Tape, TapeEntry
 
 _IGNORED_LABEL = -100
 
@@ -26,15 +29,33 @@ class _AttachGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, loss: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, output: Tensor, loss: Tensor, scale: Tensor | float) -> Tensor:
         ctx.scale = scale
-        ctx.save_for_backward(loss)
+        ctx.loss_like = loss.new_ones(())
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, Tensor, None]:
-        (loss,) = ctx.saved_tensors
-        return grad_outputs[0], torch.full_like(loss, ctx.scale), None
+        return grad_outputs[0], ctx.loss_like * ctx.scale, None
+
+
+class _TellScale(torch.autograd.Function):
+    """Pass ``loss`` through; in backward leave its gradient's value on the tape.
+
+    All scaling of the loss (accumulation, float16 loss scaler, a mean over devices) is in that
+    gradient, and backward comes here before it reaches any block.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, tape: Tape, factor: Tensor | float) -> Tensor:
+        ctx.tape = tape
+        ctx.factor = factor
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None]:
+        ctx.tape.deferred_scale = grad_outputs[0] * ctx.factor
+        return grad_outputs[0], None, None
 
 
 def add_auxiliary_loss(
@@ -43,6 +64,7 @@ def add_auxiliary_loss(
     entries: list[TapeEntry],
     kwargs: dict[str, Any],
     *,
+    tape: Tape,
     told_scale: float | None,
 ) -> Any:
     """Return ``output`` with the auxiliary loss of ``entries`` in it.
@@ -52,13 +74,20 @@ def add_auxiliary_loss(
         output: what its forward returned.
         entries: the router decisions of this training forward.
         kwargs: the forward's keyword arguments.
+        tape: where blocks that are recomputed find their scale.
         told_scale: how the trainer scales a loss that it computes itself, where it told.
 
     Raises:
-        AuxLossError: if the gradient would be lost (reentrant checkpointing), or its scale cannot
-            be known.
+        AuxLossError: if a router ran without a gradient outside of checkpointing, or the scale of
+            the loss cannot be known.
     """
-    _check_gradient(entries)
+    for entry in entries:
+        if entry.deferred and not entry.checkpointed:
+            raise AuxLossError(
+                f"The router of {entry.layer_name!r} ran without a gradient while training, so "
+                "its auxiliary loss would be lost. If the model calls reentrant checkpointing by "
+                "itself, use use_reentrant=False; else set router_aux_loss_coef=0."
+            )
     losses = [
         auxiliary_loss(e.routing, loss_type=e.loss_type, token_mask=e.token_mask) for e in entries
     ]
@@ -67,10 +96,38 @@ def add_auxiliary_loss(
     weighted = torch.stack(
         [e.coefficient * loss.to(device) for e, loss in zip(entries, losses, strict=True)]
     ).mean()
+    deferred = any(entry.deferred for entry in entries)
     if _has_loss(output, kwargs):
         share = _share_of_batch(base, kwargs)
-        return _add_to_loss(output, weighted * share, mean_loss)
-    if torch.is_autocast_enabled(device.type) and _is_half(device.type):
+        output = _add_to_loss(output, weighted * share, mean_loss)
+        return _tell_scale(output, tape, share / len(entries)) if deferred else output
+    scale = _outside_scale(device.type, kwargs, told_scale)
+    if deferred:
+        tape.deferred_scale = scale / len(entries)
+    return _attach(output, weighted, mean_loss, scale) if weighted.requires_grad else output
+
+
+def attach_deferred(entry: TapeEntry, tape: Tape) -> Routing:
+    """Attach one router's auxiliary loss to its weights while its block is recomputed.
+
+    Non-reentrant recomputation, whose tape holds no scale, is left as it was.
+    """
+    routing = entry.routing
+    if tape.deferred_scale is None or entry.deferred:
+        return routing
+    loss = auxiliary_loss(routing, loss_type=entry.loss_type, token_mask=entry.token_mask)
+    scale = tape.deferred_scale * entry.coefficient
+    if isinstance(scale, Tensor):
+        scale = scale.to(loss.device)
+    weights = _AttachGradient.apply(routing.routing_weights, loss, scale)
+    return Routing(routing.router_logits, routing.router_probs, weights, routing.selected_experts)
+
+
+def _outside_scale(device_type: str, kwargs: dict[str, Any], told_scale: float | None) -> float:
+    """The scale of a loss that is computed outside of the model."""
+    if torch.is_autocast_enabled(device_type) and (
+        torch.get_autocast_dtype(device_type) == torch.float16
+    ):
         raise AuxLossError(
             "The auxiliary loss cannot follow the float16 loss scaler when the loss is computed "
             "outside the model. Pass labels to the model, use bfloat16, or set "
@@ -78,27 +135,11 @@ def add_auxiliary_loss(
         )
     if told_scale is None and kwargs.get("num_items_in_batch") is not None:
         raise AuxLossError(
-            "The Trainer computes the loss itself (label_smoothing_factor or compute_loss_func), so "
-            "how it scales the auxiliary loss over accumulated batches is not known. Add "
+            "The Trainer computes the loss itself (label_smoothing_factor or compute_loss_func), "
+            "so how it scales the auxiliary loss over accumulated batches is not known. Add "
             "moelora.MoETrainerCallback() to its callbacks, or set router_aux_loss_coef=0."
         )
-    scale = 1.0 if told_scale is None else told_scale
-    return _attach(output, weighted, mean_loss, scale)
-
-
-def _check_gradient(entries: list[TapeEntry]) -> None:
-    for entry in entries:
-        if entry.router_is_trainable and not entry.routing.router_probs.requires_grad:
-            raise AuxLossError(
-                f"The router of {entry.layer_name!r} ran without a gradient while training, so its "
-                "auxiliary loss would be lost. This is reentrant gradient checkpointing: use "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}, or set "
-                "router_aux_loss_coef=0."
-            )
-
-
-def _is_half(device_type: str) -> bool:
-    return torch.get_autocast_dtype(device_type) == torch.float16
+    return 1.0 if told_scale is None else told_scale
 
 
 def _has_loss(output: Any, kwargs: dict[str, Any]) -> bool:
@@ -124,8 +165,8 @@ def _share_of_batch(base: nn.Module, kwargs: dict[str, Any]) -> float | Tensor:
         labels = shift_labels
     elif _shifts_labels(base):
         labels = labels[..., 1:]
-    valid = labels.ne(_IGNORED_LABEL).sum()
-    return valid / total
+    share: Tensor = labels.ne(_IGNORED_LABEL).sum() / total
+    return share
 
 
 def _shifts_labels(base: nn.Module) -> bool:
@@ -140,6 +181,13 @@ def _add_to_loss(output: Any, weighted: Tensor, mean_loss: Tensor) -> Any:
         return (output[0] + weighted.to(output[0].device), *output[1:])
     output = with_aux_loss(output, mean_loss)
     output["loss"] = output["loss"] + weighted.to(output["loss"].device)
+    return output
+
+
+def _tell_scale(output: Any, tape: Tape, factor: Tensor | float) -> Any:
+    if isinstance(output, tuple):
+        return (_TellScale.apply(output[0], tape, factor), *output[1:])
+    output["loss"] = _TellScale.apply(output["loss"], tape, factor)
     return output
 
 

@@ -1,11 +1,13 @@
-"""A mixture on disk: ``adapter_config.json``, ``adapter_model.safetensors`` and ``router.safetensors``.
+"""A mixture on disk: the adapter's config and weights as PEFT writes them, and the router's file.
 
-PEFT writes and reads the first two. Here the router is written once more on its own, and everything
-is checked before the model changes: which tensors there are, their shapes, dtypes and values, and
-that both copies of the router agree. Only safetensors and JSON are read.
+PEFT writes and reads ``adapter_config.json`` and ``adapter_model.safetensors``. Here the router is
+written once more on its own, and everything is checked before the model changes: which tensors
+there are, their shapes, dtypes and values, and that both copies of the router agree. Only
+safetensors and JSON are read.
 """
 
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -147,8 +149,6 @@ def save_pretrained(
     original: Callable[..., None],
     model: Any,
     save_directory: str | os.PathLike[str],
-    safe_serialization: bool = True,
-    selected_adapters: list[str] | None = None,
     *args: Any,
     **kwargs: Any,
 ) -> None:
@@ -158,16 +158,24 @@ def save_pretrained(
         CheckpointError: if pickle files are asked for, or a fixed mixture would be saved beside
             another mixture's router; nothing is written then.
     """
-    names = list(model.peft_config) if selected_adapters is None else list(selected_adapters)
+    call = inspect.signature(original).bind(model, save_directory, *args, **kwargs)
+    call.apply_defaults()
+    selected = call.arguments["selected_adapters"]
+    names = list(model.peft_config) if selected is None else list(selected)
     mixtures = {
         name: model.peft_config[name]
         for name in names
         if isinstance(model.peft_config.get(name), MoELoraConfig)
     }
     for name, config in mixtures.items():
-        _check_before_saving(name, config, _folder(save_directory, name), safe_serialization)
-    original(model, save_directory, safe_serialization, selected_adapters, *args, **kwargs)
-    if not kwargs.get("is_main_process", args[1] if len(args) > 1 else True):
+        if not call.arguments["safe_serialization"]:
+            raise CheckpointError(
+                f"Mixture {name!r} is saved as safetensors only, got safe_serialization=False: "
+                "pickle files can run code when they are loaded."
+            )
+        _check_no_stale_router(name, config, _folder(save_directory, name))
+    original(model, save_directory, *args, **kwargs)
+    if not call.arguments["is_main_process"]:
         return
     for name, config in mixtures.items():
         if config.has_router:
@@ -179,14 +187,7 @@ def _folder(save_directory: str | os.PathLike[str], adapter_name: str) -> Path:
     return root if adapter_name == "default" else root / adapter_name
 
 
-def _check_before_saving(
-    name: str, config: MoELoraConfig, folder: Path, safe_serialization: bool
-) -> None:
-    if not safe_serialization:
-        raise CheckpointError(
-            f"Mixture {name!r} is saved as safetensors only, got safe_serialization=False: pickle "
-            "files can run code when they are loaded."
-        )
+def _check_no_stale_router(name: str, config: MoELoraConfig, folder: Path) -> None:
     if not config.has_router and (folder / ROUTER_FILE).exists():
         raise CheckpointError(
             f"Adapter {name!r} has no router, but {folder / ROUTER_FILE} holds the router of "
@@ -208,7 +209,7 @@ def _write_router(folder: Path, name: str, config: MoELoraConfig) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -234,7 +235,7 @@ def load_adapter(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Load as PEFT does, after checking a mixture's files; a failed load leaves the model as it was.
+    """Load as PEFT does, after checking a mixture's files; a failed load leaves no trace.
 
     Raises:
         CheckpointError: if a file of a mixture is missing, damaged or contradicts another.
@@ -423,6 +424,6 @@ def _check_router_file(path: Path, weights_path: Path, routers: dict[str, Tensor
     )
     if not same:
         raise CheckpointError(
-            f"The router in {path} differs from the one in {weights_path}: one of them was changed. "
-            "Restore the pair, or delete the wrong router.safetensors to use the other."
+            f"The router in {path} differs from the one in {weights_path}: one of them was "
+            "changed. Restore the pair, or delete the wrong router.safetensors to use the other."
         )

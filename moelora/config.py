@@ -54,12 +54,13 @@ _STACKABLE_INITS = (True, False, "gaussian")
 class MoELoraConfig(LoraConfig):
     """Configuration of a mixture of ``num_experts`` LoRA experts in one PEFT adapter.
 
-    ``r`` and ``lora_alpha`` (and their patterns) are per expert. In memory ``peft_type`` is LORA; on
-    disk it is ``"MOELORA"``. All fields of :class:`peft.LoraConfig` keep their meaning.
+    ``r`` and ``lora_alpha`` (and their patterns) are per expert. In memory ``peft_type`` is LORA;
+    on disk it is ``"MOELORA"``. All fields of :class:`peft.LoraConfig` keep their meaning.
 
     Args:
-        use_moe_routing: route tokens over the experts. False makes experts that are always on (and,
-            with ``num_experts=1``, one plain LoRA), to be weighted by explicit ``routing_weights``.
+        use_moe_routing: route tokens over the experts. False makes experts that are always on
+            (and, with ``num_experts=1``, one plain LoRA), to be weighted by explicit
+            ``routing_weights``.
         num_experts: experts in this adapter, at least 2 when routing.
         top_k_experts: experts that serve a token, between 1 and ``num_experts``.
         router_hidden_size: width of the router's hidden layer; None for a linear router.
@@ -71,7 +72,7 @@ class MoELoraConfig(LoraConfig):
             of the routed slots; None for no limit.
         expert_dropout: probability that a selected expert is left out for a token in training.
         load_balance_loss_type: ``"aux_loss"`` (all k slots), ``"switch"`` (top-1) or ``"z_loss"``.
-        router_scope: ``"module"``, a router in every adapted layer that reads the layer's own input.
+        router_scope: ``"module"``, a router in every adapted layer, reading the layer's own input.
         fixed_routing_weights: the weights of ``router_type="fixed"``; None for uniform.
         moelora_format: version of the saved format.
 
@@ -129,8 +130,8 @@ def _fail(name: str, value: object, allowed: str) -> None:
     raise ConfigError(f"{name} must be {allowed}, got {value!r}.")
 
 
-def _check_format(version: object) -> None:
-    if not _is_int(version) or not 1 <= version <= FORMAT_VERSION:  # type: ignore[operator]
+def _check_format(version: Any) -> None:
+    if not _is_int(version) or not 1 <= version <= FORMAT_VERSION:
         raise ConfigError(
             f"moelora_format {version!r} is not known to this release, which reads 1 to "
             f"{FORMAT_VERSION}. Upgrade moelora to load this adapter."
@@ -138,15 +139,17 @@ def _check_format(version: object) -> None:
 
 
 def _check_flags(config: MoELoraConfig) -> None:
-    if not isinstance(config.use_moe_routing, bool):
-        _fail("use_moe_routing", config.use_moe_routing, "True or False")
-    for name, literal in (
-        ("router_type", RouterType),
-        ("router_scope", RouterScope),
-        ("load_balance_loss_type", LoadBalanceLossType),
-    ):
+    use_moe_routing: Any = config.use_moe_routing
+    if not isinstance(use_moe_routing, bool):
+        _fail("use_moe_routing", use_moe_routing, "True or False")
+    choices: dict[str, Any] = {
+        "router_type": RouterType,
+        "router_scope": RouterScope,
+        "load_balance_loss_type": LoadBalanceLossType,
+    }
+    for name, literal in choices.items():
         allowed = get_args(literal)
-        value = getattr(config, name)
+        value: Any = getattr(config, name)
         if not isinstance(value, str) or value not in allowed:
             _fail(name, value, f"one of {', '.join(map(repr, allowed))}")
 
@@ -207,9 +210,9 @@ def _check_stackable(config: MoELoraConfig) -> None:
     for name in _UNSTACKABLE_FIELDS:
         if getattr(config, name, None):
             raise ConfigError(
-                f"{name} is not supported in a mixture of num_experts={config.num_experts} experts, "
-                f"got {getattr(config, name)!r}. Use one adapter per expert (plain LoraConfig) with "
-                "explicit routing_weights, or leave it unset."
+                f"{name} is not supported in a mixture of num_experts={config.num_experts} "
+                f"experts, got {getattr(config, name)!r}. Use one adapter per expert (plain "
+                "LoraConfig) with explicit routing_weights, or leave it unset."
             )
     if config.init_lora_weights not in _STACKABLE_INITS:
         raise ConfigError(
@@ -235,6 +238,4 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    )
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

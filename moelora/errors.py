@@ -1,4 +1,4 @@
-"""The errors moelora raises: each derives from :class:`MoELoraError` and from the builtin it refines."""
+"""moelora's errors: each derives from :class:`MoELoraError` and from the builtin it refines."""
 
 
 class MoELoraError(Exception):
@@ -6,7 +6,7 @@ class MoELoraError(Exception):
 
 
 class IncompatiblePeftError(MoELoraError, ImportError):
-    """The installed PEFT is outside the range moelora was tested with, or no longer looks like it."""
+    """The installed PEFT is outside the tested range, or no longer looks like it."""
 
 
 class ConfigError(MoELoraError, ValueError):
@@ -14,7 +14,7 @@ class ConfigError(MoELoraError, ValueError):
 
 
 class RoutingWeightsError(MoELoraError, ValueError):
-    """Explicit ``routing_weights`` that cannot be applied: wrong shape, type, value or model state."""
+    """Explicit ``routing_weights`` that cannot be applied: shape, type, value or model state."""
 
 
 class UnsupportedLayerError(MoELoraError, ValueError):

@@ -1,7 +1,7 @@
 """The routed forward of every LoRA layer: one mechanism for all layer types.
 
-``base(x) + sum_e w_e(x) * scaling_e * B_e A_e dropout(x)``, mixed in rank space. The weights are the
-user's explicit ones, or come from the routers of the layer's active mixtures.
+``base(x) + sum_e w_e(x) * scaling_e * B_e A_e dropout(x)``, mixed in rank space. The weights are
+the user's explicit ones, or come from the routers of the layer's active mixtures.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moelora import _peft
 from moelora.alignment import align_routing_weights, check_routing_weights
+from moelora.auxiliary import attach_deferred
 from moelora.config import MoELoraConfig
 from moelora.errors import RoutingWeightsError, UnsupportedLayerError
 from moelora.ops import lora_combine, mix_ranks
@@ -263,35 +264,26 @@ def _route(layer: Any, x: Tensor, routers: list[str], frame: Frame | None) -> Ro
         routing = share_while_immature(routing, torch.cat(mature))
     if layer.training and spec.expert_dropout > 0:
         routing = drop_experts(routing, probability=spec.expert_dropout)
-    _report(layer, routing, spec, modules, frame, token_mask)
-    return routing
-
-
-def _report(
-    layer: Any,
-    routing: Routing,
-    spec: MixtureSpec,
-    modules: list[nn.Module],
-    frame: Frame | None,
-    token_mask: Tensor | None,
-) -> None:
     binding = binding_of(layer)
     if binding is None:
-        return
+        return routing
     for recorder in binding.scope.recorders:
         recorder.add(binding.name, routing)
-    if layer.training and frame is not None and frame.tape is not None and spec.aux_loss_coef > 0:
-        trainable = any(p.requires_grad for module in modules for p in module.parameters())
-        frame.tape.add(
-            TapeEntry(
-                layer_name=binding.name,
-                routing=routing,
-                token_mask=token_mask,
-                loss_type=spec.loss_type,
-                coefficient=spec.aux_loss_coef,
-                router_is_trainable=trainable,
-            )
-        )
+    if not layer.training or frame is None or frame.tape is None or spec.aux_loss_coef == 0:
+        return routing
+    entry = TapeEntry(
+        layer_name=binding.name,
+        routing=routing,
+        token_mask=token_mask,
+        loss_type=spec.loss_type,
+        coefficient=spec.aux_loss_coef,
+        router_is_trainable=any(p.requires_grad for m in modules for p in m.parameters()),
+        checkpointed=frame.checkpointed,
+    )
+    if not frame.tape.closed:
+        frame.tape.add(entry)
+        return routing
+    return attach_deferred(entry, frame.tape)
 
 
 def _token_mask(layer: Any, x: Tensor, frame: Frame | None) -> Tensor | None:
@@ -347,7 +339,8 @@ def _conv_delta(layer: Any, adapter: str, x: Tensor, weights: Tensor | None) -> 
     if lora_b.bias is None:
         return delta  # type: ignore[no-any-return]
     factor = scaled.movedim(-1, 1).to(delta.dtype)
-    return delta + (factor - 1) * lora_b.bias.reshape(-1, *(1,) * (delta.ndim - 2))
+    biased: Tensor = delta + (factor - 1) * lora_b.bias.reshape(-1, *(1,) * (delta.ndim - 2))
+    return biased
 
 
 def _embedding_delta(layer: Any, adapter: str, x: Tensor, weights: Tensor | None) -> Tensor:
@@ -364,7 +357,8 @@ def _embedding_delta(layer: Any, adapter: str, x: Tensor, weights: Tensor | None
     else:
         delta = F.linear(mix_ranks(ranks, weights * scaling), lora_b)
     embed_scale = layer._get_embed_scale()
-    return delta if embed_scale is None else delta * embed_scale.to(delta.dtype)
+    result: Tensor = delta if embed_scale is None else delta * embed_scale.to(delta.dtype)
+    return result
 
 
 def _variant_delta(
@@ -374,6 +368,9 @@ def _variant_delta(
 
     Variants return the whole output and may write into ``result``, so they get a copy; the
     difference is taken in float32 since bfloat16 would lose it.
+
+    Raises:
+        UnsupportedLayerError: for a variant whose output is no update of this one adapter.
     """
     variant = layer.lora_variant[adapter]
     if type(variant).__name__ in _peft.UNROUTABLE_VARIANTS:
@@ -384,9 +381,7 @@ def _variant_delta(
     if adapter in layer.lora_A:
         x = layer._cast_input_dtype(x, layer.lora_A[adapter].weight.dtype)
     wide = base.to(torch.promote_types(base.dtype, torch.float32))
-    output = variant.forward(
-        layer, active_adapter=adapter, x=x, result=wide.clone(), **kwargs
-    )
+    output = variant.forward(layer, active_adapter=adapter, x=x, result=wide.clone(), **kwargs)
     return output.to(wide.dtype) - wide  # type: ignore[no-any-return]
 
 
@@ -408,7 +403,12 @@ def _constant_forward(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """nn.MultiheadAttention: PEFT merges the adapters for the call, so weights must be constant."""
+    """nn.MultiheadAttention: PEFT merges the adapters for the call, so weights are constant.
+
+    Raises:
+        UnsupportedLayerError: for weights that differ between tokens or samples, and for layers
+            that adapt a bare parameter.
+    """
     if isinstance(layer, _peft.ParamWrapper) or weights is None:
         raise UnsupportedLayerError(
             f"Layer {_name(layer)!r} (lora.{type(layer).__name__}) cannot be routed: it adapts a "
@@ -417,8 +417,8 @@ def _constant_forward(
         )
     if weights.numel() != weights.shape[-1]:
         raise UnsupportedLayerError(
-            f"Layer {_name(layer)!r} (lora.{type(layer).__name__}) merges its adapters for the call "
-            f"and takes only constant routing_weights [E], got shape {tuple(weights.shape)}."
+            f"Layer {_name(layer)!r} (lora.{type(layer).__name__}) merges its adapters for the "
+            f"call and takes only constant routing_weights [E], got shape {tuple(weights.shape)}."
         )
     constant = weights.reshape(-1)
     layers = [layer, layer.base_layer.out_proj]

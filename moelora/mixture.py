@@ -1,10 +1,11 @@
 """Mixtures in a LoRA model: making their layers, and what merging means for them.
 
-The functions here replace methods of PEFT's ``LoraModel`` and LoRA layers (see ``_peft``); each gets
-the original first and leaves plain LoRA adapters to it.
+The functions here replace methods of PEFT's ``LoraModel`` and LoRA layers (see ``_peft``); each
+gets the original first and leaves plain LoRA adapters to it.
 """
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -51,8 +52,8 @@ def _check_base_layer(module: nn.Module, name: str, config: MoELoraConfig) -> No
     base = module.get_base_layer() if isinstance(module, _peft.BaseTunerLayer) else module
     if isinstance(base, nn.MultiheadAttention):
         raise UnsupportedLayerError(
-            f"A mixture cannot adapt {name!r}: nn.MultiheadAttention uses its whole weight at once, "
-            "so its tokens cannot be routed. Leave it out of target_modules."
+            f"A mixture cannot adapt {name!r}: nn.MultiheadAttention uses its whole weight at "
+            "once, so its tokens cannot be routed. Leave it out of target_modules."
         )
     groups = getattr(base, "groups", 1)
     if isinstance(groups, int) and groups > 1:
@@ -120,7 +121,9 @@ def _add_mixture(layer: Any, adapter_name: str, config: MoELoraConfig) -> None:
 
 def _add_router(layer: Any, adapter_name: str, config: MoELoraConfig) -> None:
     is_embedding = adapter_name in layer.lora_embedding_A
-    weight = layer.lora_embedding_A[adapter_name] if is_embedding else layer.lora_A[adapter_name].weight
+    weight = (
+        layer.lora_embedding_A[adapter_name] if is_embedding else layer.lora_A[adapter_name].weight
+    )
     if "lora_router" not in layer._modules:
         layer.lora_router = nn.ModuleDict()
         layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_router")
@@ -159,12 +162,10 @@ def mark_mature(
         ConfigError: if no layer has such a mixture, or an index is out of range; nothing is changed
             then.
     """
-    routers = [
-        module.lora_router[adapter_name]
+    routers: list[Any] = [
+        _routers_of(module)[adapter_name]
         for module in model.modules()
-        if isinstance(module, _peft.LoraLayer)
-        and "lora_router" in module._modules
-        and adapter_name in module.lora_router
+        if isinstance(module, _peft.LoraLayer) and adapter_name in _routers_of(module)
     ]
     buffers = [router.mature for router in routers if router.mature is not None]
     if not buffers:
@@ -179,6 +180,10 @@ def mark_mature(
     with torch.no_grad():
         for buffer in buffers:
             buffer[chosen] = mature
+
+
+def _routers_of(layer: Any) -> Any:
+    return layer._modules.get("lora_router", ())
 
 
 # Merging -------------------------------------------------------------------------------------
@@ -196,7 +201,7 @@ def get_delta_weight(
     if spec is None or not spec.routed:
         return original(layer, adapter, *args, **kwargs)
     if spec.has_router:
-        raise _learned_merge_error([adapter])
+        raise MergeError(_no_merged_weight([adapter]))
     with _weighted_rows(layer, adapter, spec):
         return original(layer, adapter, *args, **kwargs)
 
@@ -226,43 +231,34 @@ def _set_parameter(holder: Any, name: str, parameter: nn.Parameter) -> None:
 
 
 def unload_and_optionally_merge(
-    original: Callable[..., Any],
-    tuner: Any,
-    merge: bool = True,
-    progressbar: bool = False,
-    safe_merge: bool = False,
-    adapter_names: list[str] | None = None,
+    original: Callable[..., Any], tuner: Any, *args: Any, **kwargs: Any
 ) -> nn.Module:
     """Refuse to merge learned routing before the first layer is touched; take our hooks along."""
-    if merge:
-        _check_mergeable(tuner, adapter_names)
-    base = original(
-        tuner,
-        merge=merge,
-        progressbar=progressbar,
-        safe_merge=safe_merge,
-        adapter_names=adapter_names,
-    )
+    call = inspect.signature(original).bind(tuner, *args, **kwargs)
+    call.apply_defaults()
+    if call.arguments["merge"]:
+        _check_mergeable(tuner, call.arguments["adapter_names"])
+    base: nn.Module = original(tuner, *args, **kwargs)
     unbind(base)
-    return base  # type: ignore[no-any-return]
+    return base
 
 
 def merge_adapter(
     original: Callable[..., Any],
     tuner: Any,
     adapter_names: list[str] | None = None,
-    safe_merge: bool = False,
+    **kwargs: Any,
 ) -> None:
     """Refuse to merge learned routing before the first layer is touched."""
     _check_mergeable(tuner, adapter_names)
-    original(tuner, adapter_names=adapter_names, safe_merge=safe_merge)
+    original(tuner, adapter_names, **kwargs)
 
 
 def _check_mergeable(tuner: Any, adapter_names: list[str] | None) -> None:
     names = tuner.active_adapters if adapter_names is None else adapter_names
     learned = [name for name in names if _has_router(tuner, name)]
     if learned:
-        raise _learned_merge_error(learned)
+        raise MergeError(_no_merged_weight(learned))
 
 
 def _has_router(tuner: Any, name: str) -> bool:
@@ -270,8 +266,8 @@ def _has_router(tuner: Any, name: str) -> bool:
     return isinstance(config, MoELoraConfig) and config.has_router
 
 
-def _learned_merge_error(names: list[str]) -> MergeError:
-    return MergeError(
+def _no_merged_weight(names: list[str]) -> str:
+    return (
         f"Adapter(s) {names} cannot be merged: a routed mixture has no single merged weight, its "
         "update depends on the token. Keep the adapter unmerged, or use router_type='fixed'."
     )
@@ -293,5 +289,3 @@ def add_weighted_adapter(
             "add_weighted_adapter: activate them together instead, set_adapter([...])."
         )
     original(tuner, adapters, *args, **kwargs)
-
-

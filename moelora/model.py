@@ -1,8 +1,8 @@
 """A base model with routed layers: its hooks, the forward argument, and where each layer lies.
 
-The hooks on the base model are permanent (while the adapters are), because they are the one place
-that every caller passes: PeftModel with or without a task type, a bare LoraModel, an injected model,
-trainers that call the base directly.
+The hooks on the base model are permanent (while the adapters are), because they are the one
+place that every caller passes: PeftModel with or without a task type, a bare LoraModel, an injected
+model, trainers that call the base directly.
 """
 
 import re
@@ -86,7 +86,7 @@ def unbind(base: nn.Module) -> None:
     for module in base.modules():
         checkpoint = module.__dict__.get("_gradient_checkpointing_func")
         if isinstance(checkpoint, ScopedCheckpoint):
-            module._gradient_checkpointing_func = checkpoint.checkpoint
+            module.__dict__["_gradient_checkpointing_func"] = checkpoint.checkpoint
 
 
 def _block_of(name: str, blocks: dict[str, int]) -> tuple[int, int] | None:
@@ -111,7 +111,7 @@ def _scope_checkpointing(base: nn.Module, scope: RoutingScope) -> None:
     for module in base.modules():
         checkpoint = module.__dict__.get("_gradient_checkpointing_func")
         if checkpoint is not None and not isinstance(checkpoint, ScopedCheckpoint):
-            module._gradient_checkpointing_func = ScopedCheckpoint(checkpoint, scope)
+            module.__dict__["_gradient_checkpointing_func"] = ScopedCheckpoint(checkpoint, scope)
 
 
 def set_gradient_checkpointing(
@@ -225,7 +225,7 @@ def _pass_keyword(
 
 
 def _pass_keyword_to_layers(base: nn.Module) -> None:
-    """Register :func:`_pass_keyword`, once explicit weights are used: others need not pay for it."""
+    """Register :func:`_pass_keyword` once explicit weights are used: others need not pay for it."""
     for module in base.modules():
         if isinstance(module, _peft.LoraLayer) and not any(
             hook is _pass_keyword for hook in module._forward_pre_hooks.values()
@@ -275,16 +275,20 @@ def _before_forward(
 
 
 def _after_forward(
-    base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    base: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> Any:
     scope = scope_of(base)
     if scope is None or scope.top is None or not scope.top.is_forward:
         return None
     frame = scope.pop()
-    entries = [] if frame is None or frame.tape is None else frame.tape.close()
+    if frame is None or frame.tape is None:
+        return None
+    entries = frame.tape.close()
     if output is None or not entries:
         return None
-    return add_auxiliary_loss(base, output, entries, kwargs, told_scale=scope.aux_loss_scale)
+    return add_auxiliary_loss(
+        base, output, entries, kwargs, tape=frame.tape, told_scale=scope.aux_loss_scale
+    )
 
 
 def _batch_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
@@ -332,12 +336,10 @@ def _cached_length(kwargs: dict[str, Any]) -> int | Tensor | None:
     if isinstance(position, Tensor):
         return position[0]
     for name in ("past_key_values", "layer_past"):
-        cache = kwargs.get(name)
+        cache: Any = kwargs.get(name)
         if hasattr(cache, "get_seq_length"):
             length: int | Tensor = cache.get_seq_length()
             return length
     if kwargs.get("use_cache") is False or "past_key_values" in kwargs:
         return 0
     return None
-
-

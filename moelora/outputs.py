@@ -17,10 +17,11 @@ def with_aux_loss(output: Any, aux_loss: Tensor) -> Any:
     if not _is_model_output(output):
         return {**output, "aux_loss": aux_loss}
     if any(f.name == "aux_loss" for f in fields(output)):
-        own = output["aux_loss"] if "aux_loss" in output else None
+        own = output.get("aux_loss")
         output["aux_loss"] = aux_loss if own is None else own + aux_loss.to(own.device)
         return output
-    return output_class(type(output))(**dict(output), aux_loss=aux_loss)
+    cls: Any = type(output)
+    return output_class(cls)(**dict(output), aux_loss=aux_loss)
 
 
 @cache

@@ -40,7 +40,9 @@ class ModuleRouter(nn.Module):
         super().__init__()
         self.reads_indices = reads_indices
         self.weight = nn.Parameter(torch.zeros(num_experts, hidden_size or in_features))
-        hidden = None if hidden_size is None else nn.Parameter(torch.zeros(hidden_size, in_features))
+        hidden = (
+            None if hidden_size is None else nn.Parameter(torch.zeros(hidden_size, in_features))
+        )
         self.register_parameter("hidden_weight", hidden)
         mature = torch.ones(num_experts, dtype=torch.bool) if track_maturity else None
         self.register_buffer("mature", mature)
@@ -78,5 +80,7 @@ class ModuleRouter(nn.Module):
 
     def extra_repr(self) -> str:
         """Name the sizes in ``repr(model)``."""
-        hidden = "" if self.hidden_weight is None else f", hidden_size={self.hidden_weight.shape[0]}"
+        hidden = (
+            "" if self.hidden_weight is None else f", hidden_size={self.hidden_weight.shape[0]}"
+        )
         return f"num_experts={self.num_experts}{hidden}"

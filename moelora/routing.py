@@ -1,8 +1,8 @@
 """From router logits to routing weights: pure functions, no parameters and no LoRA.
 
 Words and shapes: ``T`` tokens, ``E`` experts, ``K`` experts per token. Everything here is at least
-float32, whatever the model's dtype, and every token is decided by its own logits alone, except for capacity,
-which is counted in token order and used in training only.
+float32, whatever the model's dtype, and every token is decided by its own logits alone, except for
+capacity, which is counted in token order and used in training only.
 """
 
 from dataclasses import dataclass
@@ -42,9 +42,10 @@ class Routing:
 def top_k_routing(router_logits: Float[Tensor, "tokens experts"], *, top_k: int) -> Routing:
     """Choose each token's ``top_k`` experts and weight them by their renormalised probability.
 
-    ``weights = softmax(logits)`` restricted to the top k and divided by their sum, which equals the
-    softmax over the top-k logits; weights of a token sum to 1. With ``top_k == 1`` that would be the
-    constant 1 and the router would get no gradient from the task, so the probability itself is kept.
+    ``weights = softmax(logits)`` restricted to the top k and divided by their sum, which equals
+    the softmax over the top-k logits; weights of a token sum to 1. With ``top_k == 1`` that would
+    be the constant 1 and the router would get no gradient from the task, so the probability itself
+    is kept.
 
     Source: Mixtral (arXiv:2401.04088), section 2.1; for ``top_k == 1`` Switch Transformers
     (arXiv:2101.03961), eq. 2.
@@ -74,9 +75,7 @@ def top_k_routing(router_logits: Float[Tensor, "tokens experts"], *, top_k: int)
     return Routing(router_logits, router_probs, routing_weights, selected_experts)
 
 
-def share_while_immature(
-    routing: Routing, mature: Bool[Tensor, " experts"]
-) -> Routing:
+def share_while_immature(routing: Routing, mature: Bool[Tensor, " experts"]) -> Routing:
     """Let all experts share every token by probability while any of them is immature.
 
     A young expert so learns in company of all others; once all are mature the sparse weights of

@@ -1,8 +1,8 @@
 """What one forward pass knows about routing, and how the layers of a model find it.
 
-A :class:`RoutingScope` belongs to one base model. While a forward runs, its top :class:`Frame` holds
-the explicit weights, the padding mask and the tape of router decisions. Frames are kept per thread
-and leave with the forward, also when it raises; nothing that carries a graph stays.
+A :class:`RoutingScope` belongs to one base model. While a forward runs, its top :class:`Frame`
+holds the explicit weights, the padding mask and the tape of router decisions. Frames are kept per
+thread and leave with the forward, also when it raises; nothing that carries a graph stays.
 """
 
 import threading
@@ -26,6 +26,12 @@ class TapeEntry:
     loss_type: str
     coefficient: float
     router_is_trainable: bool
+    checkpointed: bool
+
+    @property
+    def deferred(self) -> bool:
+        """Whether the gradient has to wait for the block's recomputation."""
+        return self.router_is_trainable and not self.routing.router_logits.requires_grad
 
 
 @dataclass
@@ -34,10 +40,18 @@ class Tape:
 
     A checkpointed block that is recomputed in backward meets the closed tape of its own forward, so
     nothing is counted twice.
+
+    Attributes:
+        entries: the decisions so far.
+        closed: the forward is over.
+        deferred_scale: what the auxiliary loss of one router is to be multiplied with when its
+            block is recomputed; None unless the block ran without a gradient (reentrant
+            checkpointing). Set before the recomputation, by the gradient of the model's loss.
     """
 
     entries: list[TapeEntry] = field(default_factory=list)
     closed: bool = False
+    deferred_scale: Tensor | float | None = None
 
     def add(self, entry: TapeEntry) -> None:
         """Keep ``entry`` while the forward runs."""
@@ -63,6 +77,7 @@ class Frame:
         token_mask: ``(batch, seq)`` True for real tokens; None without padding information.
         decoder_token_mask: the same for the decoder's tokens of an encoder-decoder model.
         tape: where routers leave their decisions in training.
+        checkpointed: inside a block that is recomputed in backward.
         is_forward: made by the base model's forward, not by ``generate``.
         outer: the frame to return to.
     """
@@ -74,6 +89,7 @@ class Frame:
     token_mask: Tensor | None = None
     decoder_token_mask: Tensor | None = None
     tape: Tape | None = None
+    checkpointed: bool = False
     is_forward: bool = False
     outer: "Frame | None" = None
 
@@ -160,7 +176,7 @@ class ScopedCheckpoint:
         frame = self.scope.top
         if frame is None:
             return self.checkpoint(function, *args, **kwargs)
-        rest = replace(frame, weights=None, outer=None)
+        rest = replace(frame, weights=None, outer=None, checkpointed=True)
 
         def run(weights: Tensor | None, *inner: Any) -> Any:
             with self.scope.entered(replace(rest, weights=weights)):

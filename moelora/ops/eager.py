@@ -29,7 +29,7 @@ def mix_ranks(
     weights = weights.to(ranks.dtype)
     if experts == 1:
         return ranks * weights
-    per_expert = ranks.unflatten(-1, (experts, ranks.shape[-1] // experts))
+    per_expert: Tensor = ranks.unflatten(-1, (experts, ranks.shape[-1] // experts))
     return (per_expert * weights.unsqueeze(-1)).flatten(-2)
 
 
@@ -53,4 +53,5 @@ def lora_combine(
         >>> lora_combine(one, one, one, 2 * one)
         tensor([[2.]])
     """
-    return F.linear(mix_ranks(F.linear(x, lora_a), weights), lora_b)
+    delta: Tensor = F.linear(mix_ranks(F.linear(x, lora_a), weights), lora_b)
+    return delta
