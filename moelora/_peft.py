@@ -288,7 +288,9 @@ def _routed_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _method(replacement: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+def _method(
+    replacement: Callable[..., Any], original: Callable[..., Any] | None
+) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         return replacement(original, self, *args, **kwargs)
 

@@ -82,7 +82,7 @@ def add_auxiliary_loss(
             the loss cannot be known.
     """
     for entry in entries:
-        if entry.deferred and not entry.checkpointed:
+        if entry.lost:
             raise AuxLossError(
                 f"The router of {entry.layer_name!r} ran without a gradient while training, so "
                 "its auxiliary loss would be lost. If the model calls reentrant checkpointing by "
@@ -97,7 +97,7 @@ def add_auxiliary_loss(
         [e.coefficient * loss.to(device) for e, loss in zip(entries, losses, strict=True)]
     ).mean()
     deferred = any(entry.deferred for entry in entries)
-    if _has_loss(output, kwargs):
+    if _has_loss(output):
         share = _share_of_batch(base, kwargs)
         output = _add_to_loss(output, weighted * share, mean_loss)
         return _tell_scale(output, tape, share / len(entries)) if deferred else output
@@ -113,7 +113,7 @@ def attach_deferred(entry: TapeEntry, tape: Tape) -> Routing:
     Non-reentrant recomputation, whose tape holds no scale, is left as it was.
     """
     routing = entry.routing
-    if tape.deferred_scale is None or entry.deferred:
+    if tape.deferred_scale is None or not routing.router_logits.requires_grad:
         return routing
     loss = auxiliary_loss(routing, loss_type=entry.loss_type, token_mask=entry.token_mask)
     scale = tape.deferred_scale * entry.coefficient
@@ -142,12 +142,12 @@ def _outside_scale(device_type: str, kwargs: dict[str, Any], told_scale: float |
     return 1.0 if told_scale is None else told_scale
 
 
-def _has_loss(output: Any, kwargs: dict[str, Any]) -> bool:
-    if isinstance(output, dict):
-        return output.get("loss") is not None
-    if isinstance(output, tuple):
-        return kwargs.get("labels") is not None
-    return False
+def _has_loss(output: Any) -> bool:
+    """Whether the model computed a loss; in a tuple it comes first and is the one scalar."""
+    first = output.get("loss") if isinstance(output, dict) else None
+    if isinstance(output, tuple) and output:
+        first = output[0]
+    return isinstance(first, Tensor) and first.ndim == 0
 
 
 def _share_of_batch(base: nn.Module, kwargs: dict[str, Any]) -> float | Tensor:

@@ -130,7 +130,7 @@ def routed_forward(original: Any, layer: Any, x: Tensor, *args: Any, **kwargs: A
         total = sum(_experts_of(layer, adapter) for adapter in adapters)
         weights = check_routing_weights(weights, num_experts=total, adapters=adapters)
     if isinstance(layer, _peft.WHOLE_WEIGHT_LAYERS):
-        return _constant_forward(original, layer, x, weights, args, kwargs)
+        return _constant_forward(layer, x, weights, args, kwargs)
     return _mixed_forward(layer, x, weights, frame, args, kwargs)
 
 
@@ -309,11 +309,16 @@ def _linear_delta(layer: Any, adapter: str, x: Tensor, weights: Tensor | None) -
     x = layer.lora_dropout[adapter](layer._cast_input_dtype(x, lora_a.weight.dtype))
     if weights is None:
         return lora_b(lora_a(x)) * scaling  # type: ignore[no-any-return]
-    scaled = weights * scaling
+    scaled = _scaled(weights, scaling)
     if lora_b.bias is None and _is_plain_linear(lora_a) and _is_plain_linear(lora_b):
         return lora_combine(x, lora_a.weight, lora_b.weight, scaled)
     delta = lora_b(mix_ranks(lora_a(x), scaled))
     return _weigh_bias(delta, lora_b.bias, scaled)
+
+
+def _scaled(weights: Tensor, scaling: float) -> Tensor:
+    """Weights times scaling in at least float32: only the model's own dtype may cost accuracy."""
+    return weights.to(torch.promote_types(weights.dtype, torch.float32)) * scaling
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
@@ -333,7 +338,8 @@ def _conv_delta(layer: Any, adapter: str, x: Tensor, weights: Tensor | None) -> 
     x = layer.lora_dropout[adapter](layer._cast_input_dtype(x, lora_a.weight.dtype))
     if weights is None:
         return lora_b(lora_a(x)) * scaling  # type: ignore[no-any-return]
-    scaled = (weights * scaling).reshape(-1, *(1,) * (layer._kernel_dim - 2), weights.shape[-1])
+    scaled = _scaled(weights, scaling)
+    scaled = scaled.reshape(-1, *(1,) * (layer._kernel_dim - 2), weights.shape[-1])
     ranks = mix_ranks(lora_a(x).movedim(1, -1), scaled).movedim(-1, 1)
     delta = lora_b(ranks)
     if lora_b.bias is None:
@@ -355,7 +361,7 @@ def _embedding_delta(layer: Any, adapter: str, x: Tensor, weights: Tensor | None
     if weights is None:
         delta = (ranks @ lora_b.T) * scaling
     else:
-        delta = F.linear(mix_ranks(ranks, weights * scaling), lora_b)
+        delta = F.linear(mix_ranks(ranks, _scaled(weights, scaling)), lora_b)
     embed_scale = layer._get_embed_scale()
     result: Tensor = delta if embed_scale is None else delta * embed_scale.to(delta.dtype)
     return result
@@ -396,7 +402,6 @@ def _over_features(layer: Any, weights: Tensor, delta: Tensor) -> Tensor:
 
 
 def _constant_forward(
-    original: Any,
     layer: Any,
     x: Tensor,
     weights: Tensor | None,
@@ -420,20 +425,28 @@ def _constant_forward(
             f"Layer {_name(layer)!r} (lora.{type(layer).__name__}) merges its adapters for the "
             f"call and takes only constant routing_weights [E], got shape {tuple(weights.shape)}."
         )
-    constant = weights.reshape(-1)
-    layers = [layer, layer.base_layer.out_proj]
-    before = [dict(part.scaling) for part in layers]
-    try:
-        start = 0
-        for adapter in layer.active_adapters:
-            for part in layers:
-                if adapter in part.scaling:
-                    part.scaling[adapter] = part.scaling[adapter] * constant[start]
-            start += _experts_of(layer, adapter)
-        return original(layer, x, *args, **kwargs)
-    finally:
-        for part, scaling in zip(layers, before, strict=True):
-            part.scaling.update(scaling)
+    attention = layer.base_layer
+    in_proj, out_proj = attention.in_proj_weight, attention.out_proj.weight
+    # PEFT's own forward adds the update of out_proj twice: once in place of the weight, once by
+    # merging; one-hot weights have to give what that adapter alone gives
+    for adapter, expert_weight in _constant_weights(layer, weights.reshape(-1)).items():
+        delta_in = layer.get_delta_weight(adapter)
+        delta_out = 2 * attention.out_proj.get_delta_weight(adapter)
+        in_proj = in_proj + (expert_weight * delta_in).to(in_proj.dtype)
+        out_proj = out_proj + (expert_weight * delta_out).to(out_proj.dtype)
+    replaced = {"in_proj_weight": in_proj, "out_proj.base_layer.weight": out_proj}
+    return torch.func.functional_call(attention, replaced, (x, *args), kwargs)
+
+
+def _constant_weights(layer: Any, weights: Tensor) -> dict[str, Tensor]:
+    """The weight of each adapter that the layer has, one expert each."""
+    weight_of = {}
+    start = 0
+    for adapter in layer.active_adapters:
+        if adapter in layer.lora_A:
+            weight_of[adapter] = weights[start]
+        start += _experts_of(layer, adapter)
+    return weight_of
 
 
 # Small facts about a layer -------------------------------------------------------------------

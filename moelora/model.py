@@ -240,7 +240,10 @@ def _before_forward(
     base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     scope = scope_of(base)
-    if scope is None or not _peft.is_installed():
+    if scope is None:
+        return None
+    if not _peft.is_installed():
+        _check_plain(base, kwargs)
         return None
     outer = scope.top
     # entered first: should a check below raise, the closing hook still runs and leaves this frame
@@ -289,6 +292,20 @@ def _after_forward(
     return add_auxiliary_loss(
         base, output, entries, kwargs, tape=frame.tape, told_scale=scope.aux_loss_scale
     )
+
+
+def _check_plain(base: nn.Module, kwargs: dict[str, Any]) -> None:
+    """After ``uninstall`` nothing routes: say so, instead of summing all experts in silence."""
+    layers = [module for module in base.modules() if isinstance(module, _peft.LoraLayer)]
+    routed = any(
+        spec.routed and name in layer.active_adapters
+        for layer in layers
+        for name, spec in layer.__dict__.get("moe_mixtures", {}).items()
+    )
+    if routed or kwargs.get("routing_weights") is not None:
+        raise UnsupportedLayerError(
+            "moelora is uninstalled, so this model cannot route. Call moelora.install() first."
+        )
 
 
 def _batch_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:

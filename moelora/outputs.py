@@ -9,6 +9,7 @@ from dataclasses import field, fields, make_dataclass
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -25,6 +26,7 @@ def with_aux_loss(output: Any, aux_loss: Tensor) -> Any:
 
 
 @cache
+@torch.compiler.assume_constant_result
 def output_class(base: type) -> type:
     """The subclass of a ``ModelOutput`` class with the field ``aux_loss``."""
     cls = make_dataclass(

@@ -31,7 +31,13 @@ class TapeEntry:
     @property
     def deferred(self) -> bool:
         """Whether the gradient has to wait for the block's recomputation."""
-        return self.router_is_trainable and not self.routing.router_logits.requires_grad
+        return self.checkpointed and not self.routing.router_logits.requires_grad
+
+    @property
+    def lost(self) -> bool:
+        """Whether the router's gradient cannot be had at all."""
+        has_gradient = self.checkpointed or self.routing.router_logits.requires_grad
+        return self.router_is_trainable and not has_gradient
 
 
 @dataclass
