@@ -8,6 +8,8 @@
   is recomputed in backward, with the scale that the model's loss was found to have.
 """
 
+import inspect
+import sys
 from typing import Any
 
 import torch
@@ -50,7 +52,8 @@ class _TellScale(torch.autograd.Function):
     def forward(ctx: Any, loss: Tensor, tape: Tape, factor: Tensor | float) -> Tensor:
         ctx.tape = tape
         ctx.factor = factor
-        return loss.view_as(loss)
+        # a copy of one number, since trainers scale their loss in place
+        return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None]:
@@ -101,7 +104,7 @@ def add_auxiliary_loss(
         share = _share_of_batch(base, kwargs)
         output = _add_to_loss(output, weighted * share, mean_loss)
         return _tell_scale(output, tape, share / len(entries)) if deferred else output
-    scale = _outside_scale(device.type, kwargs, told_scale)
+    scale = _outside_scale(base, device.type, kwargs, told_scale)
     if deferred:
         tape.deferred_scale = scale / len(entries)
     return _attach(output, weighted, mean_loss, scale) if weighted.requires_grad else output
@@ -133,13 +136,33 @@ def _outside_scale(device_type: str, kwargs: dict[str, Any], told_scale: float |
             "outside the model. Pass labels to the model, use bfloat16, or set "
             "router_aux_loss_coef=0."
         )
-    if told_scale is None and kwargs.get("num_items_in_batch") is not None:
+    in_trainer = kwargs.get("num_items_in_batch") is not None
+    if told_scale is not None and (in_trainer or not _accepts_loss_kwargs(base)):
+        return told_scale
+    if in_trainer or _is_accumulating():
         raise AuxLossError(
-            "The Trainer computes the loss itself (label_smoothing_factor or compute_loss_func), "
-            "so how it scales the auxiliary loss over accumulated batches is not known. Add "
-            "moelora.MoETrainerCallback() to its callbacks, or set router_aux_loss_coef=0."
+            "The loss is computed outside the model (label_smoothing_factor, compute_loss_func or "
+            "a loop of your own), so how it is scaled over accumulated batches is not known. Add "
+            "moelora.MoETrainerCallback() to the Trainer's callbacks, pass labels to the model, "
+            "or set router_aux_loss_coef=0."
         )
-    return 1.0 if told_scale is None else told_scale
+    return 1.0
+
+
+def _accepts_loss_kwargs(base: nn.Module) -> bool:
+    """Whether the Trainer would pass ``num_items_in_batch`` to this model; its own rule."""
+    if hasattr(base, "accepts_loss_kwargs"):
+        return bool(base.accepts_loss_kwargs)
+    parameters = inspect.signature(base.forward).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def _is_accumulating() -> bool:
+    """Whether accelerate (and so the Trainer) is between the micro-batches of one step."""
+    state = sys.modules.get("accelerate.state")
+    if state is None or not state.GradientState._shared_state:
+        return False
+    return not state.GradientState().sync_gradients
 
 
 def _has_loss(output: Any) -> bool:

@@ -4,7 +4,6 @@
 the user's explicit ones, or come from the routers of the layer's active mixtures.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,51 +12,11 @@ from torch import Tensor, nn
 
 from moelora import _peft
 from moelora.alignment import align_routing_weights, check_routing_weights
-from moelora.auxiliary import attach_deferred
-from moelora.config import MoELoraConfig
+from moelora.decision import MixtureSpec, decide
 from moelora.errors import RoutingWeightsError, UnsupportedLayerError
 from moelora.ops import lora_combine, mix_ranks
-from moelora.routing import (
-    Routing,
-    drop_experts,
-    limit_capacity,
-    share_while_immature,
-    top_k_routing,
-)
-from moelora.scope import Frame, LayerBinding, TapeEntry
-
-
-@dataclass(frozen=True)
-class MixtureSpec:
-    """What a layer keeps of the config of one stacked adapter."""
-
-    num_experts: int
-    routed: bool
-    has_router: bool
-    top_k: int
-    temperature: float
-    capacity_factor: float | None
-    expert_dropout: float
-    loss_type: str
-    aux_loss_coef: float
-    fixed_weights: tuple[float, ...]
-
-    @classmethod
-    def from_config(cls, config: MoELoraConfig) -> "MixtureSpec":
-        """Take the routing fields of ``config``."""
-        uniform = [1.0 / config.num_experts] * config.num_experts
-        return cls(
-            num_experts=config.num_experts,
-            routed=config.routed,
-            has_router=config.has_router,
-            top_k=config.top_k_experts,
-            temperature=config.router_temperature,
-            capacity_factor=config.expert_capacity_factor,
-            expert_dropout=config.expert_dropout,
-            loss_type=config.load_balance_loss_type,
-            aux_loss_coef=config.router_aux_loss_coef,
-            fixed_weights=tuple(config.fixed_routing_weights or uniform),
-        )
+from moelora.routing import Routing
+from moelora.scope import Frame, LayerBinding
 
 
 def mixtures_of(layer: nn.Module) -> dict[str, MixtureSpec]:
@@ -232,58 +191,22 @@ def _routed_weights(layer: Any, x: Tensor, frame: Frame | None) -> dict[str, Ten
 
 
 def _route(layer: Any, x: Tensor, routers: list[str], frame: Frame | None) -> Routing:
-    """Let the routers of ``routers`` decide together over all their experts.
-
-    Each mixture's temperature divides its own logits; top-k, capacity, dropout and loss are those
-    of the first active mixture.
-    """
+    """The decision of this layer's own routers."""
     mixtures = mixtures_of(layer)
-    spec = mixtures[routers[0]]
-    pooled = x
+    binding = binding_of(layer)
+    inputs = x
     if isinstance(layer, _peft.ConvLayer):
         # one decision per sample, from the mean over space: a convolution has no tokens
-        pooled = x.mean(dim=tuple(range(2, x.ndim)))
-    modules = [layer.lora_router[adapter] for adapter in routers]
-    logits = [
-        module(pooled).flatten(0, -2) / mixtures[adapter].temperature
-        for adapter, module in zip(routers, modules, strict=True)
-    ]
-    routing = top_k_routing(torch.cat(logits, dim=-1), top_k=spec.top_k)
-    token_mask = _token_mask(layer, x, frame)
-    if layer.training and spec.capacity_factor is not None:
-        routing = limit_capacity(
-            routing, capacity_factor=spec.capacity_factor, token_mask=token_mask
-        )
-    if any(module.mature is not None for module in modules):
-        mature = [
-            logits[0].new_ones(module.num_experts, dtype=torch.bool)
-            if module.mature is None
-            else module.mature
-            for module in modules
-        ]
-        routing = share_while_immature(routing, torch.cat(mature))
-    if layer.training and spec.expert_dropout > 0:
-        routing = drop_experts(routing, probability=spec.expert_dropout)
-    binding = binding_of(layer)
-    if binding is None:
-        return routing
-    for recorder in binding.scope.recorders:
-        recorder.add(binding.name, routing)
-    if not layer.training or frame is None or frame.tape is None or spec.aux_loss_coef == 0:
-        return routing
-    entry = TapeEntry(
-        layer_name=binding.name,
-        routing=routing,
-        token_mask=token_mask,
-        loss_type=spec.loss_type,
-        coefficient=spec.aux_loss_coef,
-        router_is_trainable=any(p.requires_grad for m in modules for p in m.parameters()),
-        checkpointed=frame.checkpointed,
+        inputs = x.mean(dim=tuple(range(2, x.ndim)))
+    return decide(
+        inputs,
+        [(layer.lora_router[adapter], mixtures[adapter]) for adapter in routers],
+        name=_name(layer),
+        training=layer.training,
+        scope=None if binding is None else binding.scope,
+        frame=frame,
+        token_mask=_token_mask(layer, x, frame),
     )
-    if not frame.tape.closed:
-        frame.tape.add(entry)
-        return routing
-    return attach_deferred(entry, frame.tape)
 
 
 def _token_mask(layer: Any, x: Tensor, frame: Frame | None) -> Tensor | None:

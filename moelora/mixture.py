@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from moelora import _peft
 from moelora.config import MoELoraConfig
+from moelora.decision import MixtureSpec
 from moelora.errors import ConfigError, MergeError, UnsupportedLayerError
-from moelora.layer import MixtureSpec, mixtures_of
+from moelora.layer import mixtures_of
 from moelora.model import bind, unbind
 from moelora.router import ModuleRouter
 

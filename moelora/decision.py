@@ -1,0 +1,124 @@
+"""One routing decision: the routers that decide together, from their input to a ``Routing``.
+
+The same for every scope: a router in each layer, one per block, or one for the model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moelora.auxiliary import attach_deferred
+from moelora.config import MoELoraConfig
+from moelora.router import ModuleRouter
+from moelora.routing import (
+    Routing,
+    drop_experts,
+    limit_capacity,
+    share_while_immature,
+    top_k_routing,
+)
+from moelora.scope import Frame, RoutingScope, TapeEntry
+
+
+@dataclass(frozen=True)
+class MixtureSpec:
+    """What a layer keeps of the config of one stacked adapter."""
+
+    num_experts: int
+    routed: bool
+    has_router: bool
+    router_scope: str
+    top_k: int
+    temperature: float
+    capacity_factor: float | None
+    expert_dropout: float
+    loss_type: str
+    aux_loss_coef: float
+    fixed_weights: tuple[float, ...]
+
+    @classmethod
+    def from_config(cls, config: MoELoraConfig) -> "MixtureSpec":
+        """Take the routing fields of ``config``."""
+        uniform = [1.0 / config.num_experts] * config.num_experts
+        return cls(
+            num_experts=config.num_experts,
+            routed=config.routed,
+            has_router=config.has_router,
+            router_scope=config.router_scope,
+            top_k=config.top_k_experts,
+            temperature=config.router_temperature,
+            capacity_factor=config.expert_capacity_factor,
+            expert_dropout=config.expert_dropout,
+            loss_type=config.load_balance_loss_type,
+            aux_loss_coef=config.router_aux_loss_coef,
+            fixed_weights=tuple(config.fixed_routing_weights or uniform),
+        )
+
+
+def decide(
+    inputs: Tensor,
+    routers: Sequence[tuple[ModuleRouter, MixtureSpec]],
+    *,
+    name: str,
+    training: bool,
+    scope: RoutingScope | None,
+    frame: Frame | None,
+    token_mask: Tensor | None,
+) -> Routing:
+    """Let all routers decide together over all their experts, and report what they decided.
+
+    Each mixture's temperature divides its own logits; top-k, capacity, dropout and loss are those
+    of the first one.
+
+    Args:
+        inputs: what the routers read, ``(..., features)`` or token ids ``(...)``.
+        routers: at least one router with the spec of its mixture, in the order of their experts.
+        name: the layer or block the decision is for, in records and errors.
+        training: whether capacity, expert dropout and auxiliary losses are in effect.
+        scope: the model's routing scope; None outside of a model.
+        frame: the current forward.
+        token_mask: ``(tokens,)`` True for real tokens, or None.
+
+    Returns:
+        The decision for the flattened tokens.
+    """
+    spec = routers[0][1]
+    logits = [
+        router(inputs).flatten(0, -2) / router_spec.temperature for router, router_spec in routers
+    ]
+    routing = top_k_routing(torch.cat(logits, dim=-1), top_k=spec.top_k)
+    if training and spec.capacity_factor is not None:
+        routing = limit_capacity(
+            routing, capacity_factor=spec.capacity_factor, token_mask=token_mask
+        )
+    if any(router.mature is not None for router, _ in routers):
+        mature = [
+            logits[0].new_ones(router.num_experts, dtype=torch.bool)
+            if router.mature is None
+            else router.mature
+            for router, _ in routers
+        ]
+        routing = share_while_immature(routing, torch.cat(mature))
+    if training and spec.expert_dropout > 0:
+        routing = drop_experts(routing, probability=spec.expert_dropout)
+    if scope is None:
+        return routing
+    for recorder in scope.recorders:
+        recorder.add(name, routing)
+    if not training or frame is None or frame.tape is None or spec.aux_loss_coef == 0:
+        return routing
+    entry = TapeEntry(
+        layer_name=name,
+        routing=routing,
+        token_mask=token_mask,
+        loss_type=spec.loss_type,
+        coefficient=spec.aux_loss_coef,
+        router_is_trainable=any(p.requires_grad for r, _ in routers for p in r.parameters()),
+        checkpointed=frame.checkpointed,
+    )
+    if frame.tape.closed:
+        return attach_deferred(entry, frame.tape)
+    frame.tape.add(entry)
+    return routing
