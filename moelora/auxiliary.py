@@ -126,7 +126,9 @@ def attach_deferred(entry: TapeEntry, tape: Tape) -> Routing:
     return Routing(routing.router_logits, routing.router_probs, weights, routing.selected_experts)
 
 
-def _outside_scale(device_type: str, kwargs: dict[str, Any], told_scale: float | None) -> float:
+def _outside_scale(
+    base: nn.Module, device_type: str, kwargs: dict[str, Any], told_scale: float | None
+) -> float:
     """The scale of a loss that is computed outside of the model."""
     if torch.is_autocast_enabled(device_type) and (
         torch.get_autocast_dtype(device_type) == torch.float16
