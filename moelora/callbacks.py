@@ -5,7 +5,8 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from moelora.model import base_of, scope_of
+from moelora.binding import base_of
+from moelora.scope import scope_of
 
 
 class MoETrainerCallback(TrainerCallback):

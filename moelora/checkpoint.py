@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moelora import _peft
+from moelora.binding import base_of, unbind
 from moelora.config import DISK_PEFT_TYPE, FORMAT_VERSION, MoELoraConfig
 from moelora.errors import CheckpointError
-from moelora.model import base_of, unbind
 
 ROUTER_FILE = "router.safetensors"
 _ROUTER_KEY = ".lora_router."

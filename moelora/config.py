@@ -9,7 +9,7 @@ from moelora._peft import LoraConfig
 from moelora.errors import ConfigError
 
 RouterType = Literal["learned_with_maturity", "learned", "fixed"]
-RouterScope = Literal["module"]
+RouterScope = Literal["module", "layer", "model"]
 LoadBalanceLossType = Literal["aux_loss", "z_loss", "switch"]
 
 #: The type written to ``adapter_config.json``. In memory a mixture is a LoRA adapter, so that every
@@ -72,7 +72,9 @@ class MoELoraConfig(LoraConfig):
             of the routed slots; None for no limit.
         expert_dropout: probability that a selected expert is left out for a token in training.
         load_balance_loss_type: ``"aux_loss"`` (all k slots), ``"switch"`` (top-1) or ``"z_loss"``.
-        router_scope: ``"module"``, a router in every adapted layer, reading the layer's own input.
+        router_scope: ``"module"``, a router in every adapted layer that reads the layer's own
+            input; ``"layer"``, one per transformer block that reads the block's input; ``"model"``,
+            one that reads the final hidden states of a first pass without adapters (two passes).
         fixed_routing_weights: the weights of ``router_type="fixed"``; None for uniform.
         moelora_format: version of the saved format.
 

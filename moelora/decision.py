@@ -57,6 +57,21 @@ class MixtureSpec:
         )
 
 
+def consecutive_columns(experts_of: dict[str, int]) -> dict[str, tuple[int, int]]:
+    """The columns of mixtures whose experts are concatenated in order.
+
+    Example:
+        >>> consecutive_columns({"a": 4, "b": 2})
+        {'a': (0, 4), 'b': (4, 6)}
+    """
+    columns = {}
+    start = 0
+    for adapter, experts in experts_of.items():
+        columns[adapter] = (start, start + experts)
+        start += experts
+    return columns
+
+
 def decide(
     inputs: Tensor,
     routers: Sequence[tuple[ModuleRouter, MixtureSpec]],

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from moelora import _peft
 from moelora.alignment import align_routing_weights, check_routing_weights
-from moelora.decision import MixtureSpec, decide
+from moelora.decision import MixtureSpec, consecutive_columns, decide
 from moelora.errors import RoutingWeightsError, UnsupportedLayerError
 from moelora.ops import lora_combine, mix_ranks
 from moelora.routing import Routing
-from moelora.scope import Frame, LayerBinding
+from moelora.scope import Frame, LayerBinding, SharedRouting
 
 
 def mixtures_of(layer: nn.Module) -> dict[str, MixtureSpec]:
@@ -38,7 +38,7 @@ def needs_routing(layer: Any, kwargs: dict[str, Any]) -> bool:
     binding = layer.__dict__.get("_moelora_binding")
     if binding is not None:
         frame = binding.scope.top
-        if frame is not None and frame.weights is not None:
+        if frame is not None and (frame.weights is not None or frame.adapters_off):
             return True
     mixtures = layer.__dict__.get("moe_mixtures")
     if not mixtures:
@@ -68,22 +68,14 @@ def routed_forward(original: Any, layer: Any, x: Tensor, *args: Any, **kwargs: A
     weights = kwargs.pop("routing_weights", None)
     if weights is None and frame is not None:
         weights = frame.weights
-    if layer.disable_adapters:
+    if frame is not None and frame.adapters_off and not layer.merged:
+        for key in ("adapter_names", *_peft.VARIANT_KWARG_KEYS):
+            kwargs.pop(key, None)
+        return layer.base_layer(x, *args, **kwargs)
+    routed = weights is not None or (not layer.merged and needs_routing(layer, kwargs))
+    if layer.disable_adapters or not routed:
         return original(layer, x, *args, **kwargs)
-    if weights is None and not needs_routing(layer, kwargs):
-        return original(layer, x, *args, **kwargs)
-    if kwargs.get("adapter_names") is not None:
-        raise RoutingWeightsError(
-            f"adapter_names cannot be combined with {_routing_source(weights)} in layer "
-            f"{_name(layer)!r}: give routing_weights that are one-hot per row instead."
-        )
-    if layer.merged:
-        if weights is None:
-            return original(layer, x, *args, **kwargs)
-        raise RoutingWeightsError(
-            f"routing_weights cannot be applied to layer {_name(layer)!r}, whose adapters "
-            f"{layer.merged_adapters} are merged. Call unmerge_adapter() first."
-        )
+    _check_state(layer, weights, kwargs)
     if weights is not None and (frame is None or weights is not frame.weights):
         adapters = list(layer.active_adapters)
         total = sum(_experts_of(layer, adapter) for adapter in adapters)
@@ -91,6 +83,21 @@ def routed_forward(original: Any, layer: Any, x: Tensor, *args: Any, **kwargs: A
     if isinstance(layer, _peft.WHOLE_WEIGHT_LAYERS):
         return _constant_forward(layer, x, weights, args, kwargs)
     return _mixed_forward(layer, x, weights, frame, args, kwargs)
+
+
+def _check_state(layer: Any, weights: Tensor | None, kwargs: dict[str, Any]) -> None:
+    """Refuse what contradicts routing: another choice of adapters, or merged ones."""
+    if kwargs.get("adapter_names") is not None:
+        source = "a routed mixture" if weights is None else "routing_weights"
+        raise RoutingWeightsError(
+            f"adapter_names cannot be combined with {source} in layer {_name(layer)!r}: give "
+            "routing_weights that are one-hot per row instead."
+        )
+    if layer.merged:
+        raise RoutingWeightsError(
+            f"routing_weights cannot be applied to layer {_name(layer)!r}, whose adapters "
+            f"{layer.merged_adapters} are merged. Call unmerge_adapter() first."
+        )
 
 
 def _mixed_forward(
@@ -180,14 +187,39 @@ def _routed_weights(layer: Any, x: Tensor, frame: Frame | None) -> dict[str, Ten
     routers = [a for a in own if a in mixtures and mixtures[a].routed and mixtures[a].has_router]
     if not routers:
         return weight_of
-    routing = _route(layer, x, routers, frame)
-    per_token = routing.routing_weights.reshape(*_lead(layer, x), -1)
-    start = 0
+    scopes = sorted({mixtures[adapter].router_scope for adapter in routers})
+    if len(scopes) > 1:
+        raise UnsupportedLayerError(
+            f"Mixtures of different router_scope {scopes} cannot be active together in layer "
+            f"{_name(layer)!r}: their routers decide over different inputs."
+        )
+    if scopes == ["module"]:
+        routing = _route(layer, x, routers, frame)
+        per_token = routing.routing_weights.reshape(*_lead(layer, x), -1)
+        columns = consecutive_columns({a: mixtures[a].num_experts for a in routers})
+    else:
+        shared = _shared_routing(layer, scopes[0], frame)
+        per_token = align_routing_weights(
+            shared.weights.to(x.device), _lead(layer, x), layer_name=_name(layer), frame=frame
+        )
+        columns = shared.columns
     for adapter in routers:
-        end = start + mixtures[adapter].num_experts
+        start, end = columns[adapter]
         weight_of[adapter] = per_token[..., start:end]
-        start = end
     return weight_of
+
+
+def _shared_routing(layer: Any, router_scope: str, frame: Frame | None) -> SharedRouting:
+    """What the router of this layer's block, or of the model, decided in this forward."""
+    binding = binding_of(layer)
+    key = "" if router_scope == "model" or binding is None else binding.block_name
+    shared = None if frame is None or key is None else frame.shared.get(key)
+    if shared is None:
+        raise UnsupportedLayerError(
+            f"Layer {_name(layer)!r} gets its routing from the router of its {router_scope}, which "
+            "has not run: call the whole model, not this layer or a part of the model."
+        )
+    return shared
 
 
 def _route(layer: Any, x: Tensor, routers: list[str], frame: Frame | None) -> Routing:
@@ -395,7 +427,3 @@ def _experts_of(layer: nn.Module, adapter: str) -> int:
 def _name(layer: nn.Module) -> str:
     binding = binding_of(layer)
     return type(layer).__name__ if binding is None else binding.name
-
-
-def _routing_source(weights: Tensor | None) -> str:
-    return "a routed mixture" if weights is None else "routing_weights"

@@ -15,11 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from moelora import _peft
+from moelora.binding import bind, unbind
 from moelora.config import MoELoraConfig
 from moelora.decision import MixtureSpec
 from moelora.errors import ConfigError, MergeError, UnsupportedLayerError
 from moelora.layer import mixtures_of
-from moelora.model import bind, unbind
+from moelora.places import (
+    block_of,
+    hidden_size_of,
+    is_encoder_decoder,
+    module_lists,
+    reads_other_tokens,
+)
 from moelora.router import ModuleRouter
 
 
@@ -35,7 +42,9 @@ def inject_adapter(
     config = tuner.peft_config[adapter_name]
     if isinstance(config, MoELoraConfig):
         _check_targets(tuner, model, config)
+    tuner.__dict__[_ROUTED_BLOCKS] = set()
     original(tuner, model, adapter_name, *args, **kwargs)
+    del tuner.__dict__[_ROUTED_BLOCKS]
     if not isinstance(tuner, _peft.AdaLoraModel):
         bind(model, tuner.peft_config)
 
@@ -89,7 +98,12 @@ def create_and_replace(
     original(tuner, stacked, adapter_name, target, target_name, parent, *args, **kwargs)
     # dispatching corrects this field for Conv1D bases; it is saved with the adapter
     lora_config.fan_in_fan_out = stacked.fan_in_fan_out
-    _add_mixture(getattr(parent, target_name), adapter_name, lora_config)
+    layer = getattr(parent, target_name)
+    _add_mixture(layer, adapter_name, lora_config)
+    if lora_config.has_router:
+        features = _router_features(tuner, lora_config, kwargs.get("current_key", target_name))
+        if features is not None:
+            _add_router(layer, adapter_name, lora_config, features)
 
 
 def _stacked_config(config: MoELoraConfig) -> MoELoraConfig:
@@ -116,11 +130,43 @@ def _add_mixture(layer: Any, adapter_name: str, config: MoELoraConfig) -> None:
         std = config.num_experts / layer.r[adapter_name]
         if layer.lora_A[adapter_name].weight.device.type != "meta":
             nn.init.normal_(layer.lora_A[adapter_name].weight, std=std)
-    if config.has_router:
-        _add_router(layer, adapter_name, config)
 
 
-def _add_router(layer: Any, adapter_name: str, config: MoELoraConfig) -> None:
+_ROUTED_BLOCKS = "_moelora_routed_blocks"
+
+
+def _router_features(tuner: Any, config: MoELoraConfig, name: str) -> int | None:
+    """Width of what the layer's router reads; 0 for the layer's own input, None for no router.
+
+    A router that several layers share lies in the first of them.
+
+    Raises:
+        UnsupportedLayerError: if a shared router would decide over other tokens than the layer's.
+    """
+    if config.router_scope == "module":
+        return 0
+    block = block_of(name, module_lists(tuner.model))
+    if config.router_scope == "layer" and block is None:
+        raise UnsupportedLayerError(
+            f"Layer {name!r} lies in no transformer block, so router_scope='layer' has no router "
+            "for it. Leave it out of target_modules, or use router_scope='module'."
+        )
+    if is_encoder_decoder(tuner.model) and (
+        config.router_scope == "model" or reads_other_tokens(name)
+    ):
+        raise UnsupportedLayerError(
+            f"Layer {name!r} of an encoder-decoder model reads other tokens than the router of "
+            f"router_scope={config.router_scope!r}. Use router_scope='module'."
+        )
+    routed: set[str] = tuner.__dict__[_ROUTED_BLOCKS]
+    key = "" if config.router_scope == "model" or block is None else block[0]
+    if key in routed:
+        return None
+    routed.add(key)
+    return hidden_size_of(tuner.model)
+
+
+def _add_router(layer: Any, adapter_name: str, config: MoELoraConfig, features: int) -> None:
     is_embedding = adapter_name in layer.lora_embedding_A
     weight = (
         layer.lora_embedding_A[adapter_name] if is_embedding else layer.lora_A[adapter_name].weight
@@ -129,11 +175,11 @@ def _add_router(layer: Any, adapter_name: str, config: MoELoraConfig) -> None:
         layer.lora_router = nn.ModuleDict()
         layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_router")
     router = ModuleRouter(
-        in_features=weight.shape[1],
+        in_features=features or weight.shape[1],
         num_experts=config.num_experts,
         hidden_size=config.router_hidden_size,
         track_maturity=config.router_type == "learned_with_maturity",
-        reads_indices=is_embedding,
+        reads_indices=is_embedding and not features,
     )
     if weight.device.type != "meta":
         router = router.to(device=weight.device, dtype=weight.dtype)

@@ -5,9 +5,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from moelora.binding import base_of
 from moelora.errors import UnsupportedLayerError
-from moelora.model import base_of, scope_of
 from moelora.routing import Routing
+from moelora.scope import scope_of
 
 
 class RoutingRecord:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from moelora.routing import Routing
 
@@ -71,6 +71,19 @@ class Tape:
 
 
 @dataclass(frozen=True)
+class SharedRouting:
+    """Weights that one router gives to many layers.
+
+    Attributes:
+        weights: ``(batch, seq, experts)``.
+        columns: each mixture's first and last-but-one column, by adapter name.
+    """
+
+    weights: Tensor
+    columns: dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
 class Frame:
     """One forward (or one ``generate`` call) of the base model.
 
@@ -82,6 +95,9 @@ class Frame:
         row_repeats: beams or returned sequences per row.
         token_mask: ``(batch, seq)`` True for real tokens; None without padding information.
         decoder_token_mask: the same for the decoder's tokens of an encoder-decoder model.
+        shared: routing decided once for a block (by its name) or for the model (by ``""``).
+        first_pass_cache: the first pass's own KV cache, for the cache that the forward returns.
+        adapters_off: the first pass of a two-pass router; layers give their base output.
         tape: where routers leave their decisions in training.
         checkpointed: inside a block that is recomputed in backward.
         is_forward: made by the base model's forward, not by ``generate``.
@@ -94,6 +110,9 @@ class Frame:
     row_repeats: int = 1
     token_mask: Tensor | None = None
     decoder_token_mask: Tensor | None = None
+    shared: dict[str, SharedRouting] = field(default_factory=dict)
+    first_pass_cache: Any = None
+    adapters_off: bool = False
     tape: Tape | None = None
     checkpointed: bool = False
     is_forward: bool = False
@@ -165,6 +184,16 @@ class RoutingScope:
             self._frames.top = before
 
 
+#: Where a base model keeps its scope, in ``__dict__``: not a submodule, and not PEFT's.
+SCOPE = "_moelora_scope"
+
+
+def scope_of(base: nn.Module) -> RoutingScope | None:
+    """The routing scope of a base model; None if no LoRA adapter of it was bound."""
+    scope: RoutingScope | None = base.__dict__.get(SCOPE)
+    return scope
+
+
 class ScopedCheckpoint:
     """A gradient checkpointing function that recomputes a block inside the frame of its forward.
 
@@ -182,13 +211,18 @@ class ScopedCheckpoint:
         frame = self.scope.top
         if frame is None:
             return self.checkpoint(function, *args, **kwargs)
-        rest = replace(frame, weights=None, outer=None, checkpointed=True)
+        rest = replace(frame, weights=None, shared={}, outer=None, checkpointed=True)
+        names = list(frame.shared)
+        columns = [frame.shared[name].columns for name in names]
 
-        def run(weights: Tensor | None, *inner: Any) -> Any:
-            with self.scope.entered(replace(rest, weights=weights)):
+        def run(weights: Tensor | None, *inputs: Any) -> Any:
+            tensors, inner = inputs[: len(names)], inputs[len(names) :]
+            shared = dict(zip(names, map(SharedRouting, tensors, columns), strict=True))
+            with self.scope.entered(replace(rest, weights=weights, shared=shared)):
                 return function(*inner)
 
-        return self.checkpoint(run, frame.weights, *args, **kwargs)
+        tensors = [frame.shared[name].weights for name in names]
+        return self.checkpoint(run, frame.weights, *tensors, *args, **kwargs)
 
 
 @dataclass
@@ -198,6 +232,7 @@ class LayerBinding:
     Attributes:
         scope: the model's routing scope.
         name: the layer's name in the base model.
+        block_name: that block's name.
         block: ``(index, number)`` of the transformer block it lies in, or None outside of blocks.
         reads_decoder: True if its input are the decoder's tokens, of an encoder-decoder model.
         experts_of: number of experts of each adapter of the model, by name.
@@ -206,5 +241,6 @@ class LayerBinding:
     scope: RoutingScope
     name: str
     block: tuple[int, int] | None
+    block_name: str | None
     reads_decoder: bool
     experts_of: dict[str, int]
