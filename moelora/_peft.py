@@ -129,7 +129,8 @@ def uninstall() -> None:
 
 def _check_version(version: str) -> None:
     lowest, beyond = map(Version, PEFT_RANGE)
-    if not lowest <= Version(version) < beyond:
+    # a development version counts as the release it will become
+    if not lowest <= Version(Version(version).base_version) < beyond:
         raise IncompatiblePeftError(
             f"moelora supports peft>={PEFT_RANGE[0]},<{PEFT_RANGE[1]}, but peft {version} is "
             f"installed. Install a supported release: pip install 'peft>={PEFT_RANGE[0]},"
@@ -186,7 +187,6 @@ def _patches() -> Iterator[_Patch]:
 
     yield from _layer_patches()
     lora_model: dict[str, tuple[Callable[..., Any], tuple[str, ...] | None]] = {
-        "__call__": (model.call_with_routing, None),
         "generate": (model.generate_with_routing, None),
         "inject_adapter": (mixture.inject_adapter, None),
         "_create_and_replace": (
@@ -213,7 +213,7 @@ def _patches() -> Iterator[_Patch]:
     ):
         make = functools.partial(_classmethod, replacement)
         yield _Patch(LoraModel, name, make, parameters)
-    callers: tuple[type, ...] = (PeftModel, PeftMixedModel)
+    callers: tuple[type, ...] = (PeftModel, PeftMixedModel, BaseTuner)
     for owner in callers:
         yield _Patch(owner, "__call__", functools.partial(_method, model.call_with_routing), None)
     for owner in (PeftModel, *_subclasses(PeftModel)):
@@ -231,12 +231,15 @@ def _patches() -> Iterator[_Patch]:
         functools.partial(_classmethod, checkpoint.from_pretrained),
         ("cls", "model", "model_id", "adapter_name"),
     )
-    yield _Patch(
-        PreTrainedModel,
-        "_set_gradient_checkpointing",
-        functools.partial(_method, model.set_gradient_checkpointing),
-        ("self", "enable", "gradient_checkpointing_func"),
-    )
+    for name, replacement, parameters in (
+        (
+            "_set_gradient_checkpointing",
+            model.set_gradient_checkpointing,
+            ("self", "enable", "gradient_checkpointing_func"),
+        ),
+        ("load_adapter", checkpoint.load_adapter_into_base, ("self", "peft_model_id")),
+    ):
+        yield _Patch(PreTrainedModel, name, functools.partial(_method, replacement), parameters)
 
 
 def _layer_patches() -> Iterator[_Patch]:

@@ -10,8 +10,8 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moelora import _peft
-from moelora.binding import base_of, unbind
 from moelora.config import DISK_PEFT_TYPE, FORMAT_VERSION, MoELoraConfig
 from moelora.errors import CheckpointError
+from moelora.rollback import unchanged_on_error
 
 ROUTER_FILE = "router.safetensors"
 _ROUTER_KEY = ".lora_router."
@@ -44,29 +44,37 @@ def get_adapter_state_dict(
     state_dict: dict[str, Tensor],
     unwanted_adapter_names: list[str],
 ) -> dict[str, Tensor]:
-    """Select a mixture's tensors, also where another adapter's name drops keys by accident.
+    """Select an adapter's tensors, also where another adapter's name drops keys by accident.
 
     PEFT has already removed every key that contains ``.<another adapter>.``, so an adapter named
-    ``"0"`` or ``"layers"`` takes this one's keys along.
+    ``"0"`` or ``"layers"`` takes this one's keys along. Beside a mixture, names match exactly.
 
     Raises:
         CheckpointError: if keys are gone and ``state_dict`` is not the model's own.
     """
-    selected = original(cls, model, config, adapter_name, state_dict, unwanted_adapter_names)
-    if not isinstance(config, MoELoraConfig):
-        return selected
-    missing = [key for key in _adapter_keys(model, adapter_name) if key not in selected]
+    configs = getattr(model, "peft_config", {}).values()
+    if any(isinstance(other, MoELoraConfig) for other in configs):
+        state_dict = _exact_state_dict(model, adapter_name, state_dict, unwanted_adapter_names)
+    return original(cls, model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+
+def _exact_state_dict(
+    model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor], others: list[str]
+) -> dict[str, Tensor]:
+    foreign = {key for other in others for key in _adapter_keys(model, other)}
+    kept = {key: value for key, value in state_dict.items() if key not in foreign}
+    missing = [key for key in _adapter_keys(model, adapter_name) if key not in kept]
     if not missing:
-        return selected
+        return kept
     own = model.state_dict()
     probe = next((key for key in state_dict if key in own), None)
-    if probe is None or state_dict[probe].data_ptr() != own[probe].data_ptr():
+    if probe is not None and state_dict[probe].data_ptr() != own[probe].data_ptr():
         raise CheckpointError(
             f"Adapter {adapter_name!r} cannot be saved: PEFT drops {len(missing)} of its tensors "
-            f"(e.g. {missing[0]!r}) since another adapter's name, one of {unwanted_adapter_names}, "
-            "is part of their names. Rename that adapter."
+            f"(e.g. {missing[0]!r}) since another adapter's name, one of {others}, is part of "
+            "their names. Rename that adapter."
         )
-    return {**selected, **{key: own[key] for key in missing}}
+    return {**kept, **{key: own[key] for key in missing}}
 
 
 def remap_adapter_state_dict_for_load(
@@ -92,9 +100,10 @@ def remap_adapter_state_dict_for_load(
 def _adapter_keys(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """All tensors of one adapter in the model's layers, by their name in its state dict."""
     found: dict[str, Tensor] = {}
-    for layer_name, layer in model.named_modules():
+    for name, layer in model.named_modules():
         if not isinstance(layer, _peft.LoraLayer):
             continue
+        layer_name = name.removeprefix("_fsdp_wrapped_module.")
         for container_name in layer.adapter_layer_names:
             container = getattr(layer, container_name, None)
             if container is None or adapter_name not in container:
@@ -162,18 +171,18 @@ def save_pretrained(
     call.apply_defaults()
     selected = call.arguments["selected_adapters"]
     names = list(model.peft_config) if selected is None else list(selected)
-    mixtures = {
-        name: model.peft_config[name]
-        for name in names
-        if isinstance(model.peft_config.get(name), MoELoraConfig)
-    }
-    for name, config in mixtures.items():
+    configs = {name: model.peft_config[name] for name in names if name in model.peft_config}
+    mixtures = {n: c for n, c in configs.items() if isinstance(c, MoELoraConfig)}
+    for name in mixtures:
         if not call.arguments["safe_serialization"]:
             raise CheckpointError(
                 f"Mixture {name!r} is saved as safetensors only, got safe_serialization=False: "
                 "pickle files can run code when they are loaded."
             )
-        _check_no_stale_router(name, config, _folder(save_directory, name))
+        check_folder_name(name)
+    for name, config in configs.items():
+        if name not in mixtures or not config.has_router:
+            _check_no_stale_router(name, _folder(save_directory, name))
     original(model, save_directory, *args, **kwargs)
     if not call.arguments["is_main_process"]:
         return
@@ -187,8 +196,21 @@ def _folder(save_directory: str | os.PathLike[str], adapter_name: str) -> Path:
     return root if adapter_name == "default" else root / adapter_name
 
 
-def _check_no_stale_router(name: str, config: MoELoraConfig, folder: Path) -> None:
-    if not config.has_router and (folder / ROUTER_FILE).exists():
+def check_folder_name(name: str) -> None:
+    """Refuse a name that, as a folder, would lie elsewhere.
+
+    Raises:
+        CheckpointError: if ``name`` is empty, absolute, a dot name or holds a separator.
+    """
+    if not name or name in (".", "..") or any(c in name for c in "/\\\0:"):
+        raise CheckpointError(
+            f"{name!r} cannot be saved under its name: it must be a plain folder name, without "
+            "separators, '..' or a drive."
+        )
+
+
+def _check_no_stale_router(name: str, folder: Path) -> None:
+    if (folder / ROUTER_FILE).exists():
         raise CheckpointError(
             f"Adapter {name!r} has no router, but {folder / ROUTER_FILE} holds the router of "
             "another one. Save to another folder, or remove that file."
@@ -242,19 +264,43 @@ def load_adapter(
     """
     if not check_folder(model_id, **_hub_arguments(kwargs)):
         return original(model, model_id, adapter_name, *args, **kwargs)
-    existed = adapter_name in model.peft_config
-    active = list(model.active_adapters)
-    flags = _gradient_flags(model)
-    try:
+    with unchanged_on_error(model):
         return original(model, model_id, adapter_name, *args, **kwargs)
-    except Exception:
-        if not existed and adapter_name in model.peft_config:
-            model.base_model.delete_adapter(adapter_name)
-            model.peft_config.pop(adapter_name, None)
-            if active != [adapter_name] and active:
-                model.base_model.set_adapter(active)
-            _restore_gradient_flags(model, flags)
-        raise
+
+
+def load_adapter_into_base(
+    original: Callable[..., Any], base: nn.Module, *args: Any, **kwargs: Any
+) -> Any:
+    """Transformers' own ``model.load_adapter``: the same checks before and after.
+
+    Raises:
+        CheckpointError: if a file of a mixture is missing, damaged or contradicts another, or the
+            file has no tensor for a layer of this model.
+    """
+    call = inspect.signature(original).bind(base, *args, **kwargs).arguments
+    folder = call.get("peft_model_id")
+    extra = {**call.get("adapter_kwargs", {}), **kwargs} if folder is not None else {}
+    if folder is None or not check_folder(folder, **_hub_arguments(extra)):
+        return original(base, *args, **kwargs)
+    with unchanged_on_error(base):
+        before = set(getattr(base, "peft_config", {}))
+        result = original(base, *args, **kwargs)
+        loaded = set(_read_shapes(_Locator(os.fspath(folder), **_hub_arguments(extra))))
+        configs: Any = base.peft_config
+        for name in set(configs) - before:
+            expected = {_without_adapter(key, name) for key in _adapter_keys(base, name)}
+            missing = sorted(key for key in expected if f"base_model.model.{key}" not in loaded)
+            if missing:
+                raise CheckpointError(
+                    f"{folder} lacks {len(missing)} tensors for this model, e.g. {missing[0]!r}. A "
+                    "missing router is not replaced by a random one."
+                )
+        return result
+
+
+def _without_adapter(key: str, name: str) -> str:
+    head, _, tail = key.rpartition(f".{name}")
+    return head + tail
 
 
 def from_pretrained(
@@ -272,38 +318,8 @@ def from_pretrained(
     """
     if not check_folder(model_id, **_hub_arguments(kwargs)):
         return original(cls, model, model_id, *args, **kwargs)
-    with _restored_on_error(model):
+    with unchanged_on_error(model):
         return original(cls, model, model_id, *args, **kwargs)
-
-
-@contextmanager
-def _restored_on_error(base: nn.Module) -> Iterator[None]:
-    """Take new LoRA layers out of a base model again if loading into it fails."""
-    before = {id(module) for module in base.modules()}
-    flags = _gradient_flags(base)
-    had_config = "peft_config" in base.__dict__
-    try:
-        yield
-    except Exception:
-        for name, module in list(base.named_modules()):
-            if isinstance(module, _peft.LoraLayer) and id(module) not in before:
-                parent, _, child = _peft.get_submodules(base, name)
-                setattr(parent, child, module.get_base_layer())
-        if not had_config:
-            base.__dict__.pop("peft_config", None)
-            unbind(base)
-        _restore_gradient_flags(base, flags)
-        raise
-
-
-def _gradient_flags(model: nn.Module) -> dict[int, bool]:
-    return {id(p): p.requires_grad for p in base_of(model).parameters()}
-
-
-def _restore_gradient_flags(model: nn.Module, flags: dict[int, bool]) -> None:
-    for parameter in base_of(model).parameters():
-        if id(parameter) in flags:
-            parameter.requires_grad_(flags[id(parameter)])
 
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
@@ -338,12 +354,8 @@ def check_folder(
             f"{locate.where} holds no {_peft.SAFETENSORS_WEIGHTS_NAME}. A mixture is read from "
             "safetensors only."
         )
+    _check_shapes(weights_path, config)
     routers = _read_tensors(weights_path, only=_ROUTER_KEY)
-    if config.has_router and not routers:
-        raise CheckpointError(
-            f"{weights_path} holds no router tensors, but {config_path} asks for router_type="
-            f"{config.router_type!r}. A missing router is not replaced by a random one."
-        )
     router_path = locate(ROUTER_FILE)
     if router_path is not None:
         _check_router_file(router_path, weights_path, routers)
@@ -368,7 +380,7 @@ class _Locator:
         """Return a local path of ``filename``, or None if there is none."""
         if self.local.is_dir():
             path = self.local / filename
-            return path if path.is_file() else None
+            return path if path.exists() else None
         try:
             return Path(
                 hf_hub_download(self.model_id, filename, subfolder=self.subfolder, **self.hub)
@@ -404,12 +416,58 @@ def _read_tensors(path: Path, *, only: str = "") -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}.") from error
 
 
+def _read_shapes(source: "Path | _Locator") -> dict[str, tuple[int, ...]]:
+    """The shapes of an adapter file's tensors, from its header alone."""
+    path = source if isinstance(source, Path) else source(_peft.SAFETENSORS_WEIGHTS_NAME)
+    if path is None:
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}.") from error
+
+
+def _check_shapes(path: Path, config: MoELoraConfig) -> None:
+    """Hold the file's tensors against the config, before a model is made after it."""
+    shapes = _read_shapes(path)
+    layers = {key.partition(".lora_")[0] for key in shapes if ".lora_" in key}
+    if not layers:
+        raise CheckpointError(f"{path} holds no LoRA tensors.")
+    routed = {key.partition(".lora_")[0] for key in shapes if _ROUTER_KEY in key}
+    unrouted = sorted(layers - routed) if config.router_scope == "module" else []
+    if config.has_router and (not routed or unrouted):
+        where = f"of layer {unrouted[0]!r}" if routed and unrouted else "at all"
+        raise CheckpointError(
+            f"{path} holds no router tensors {where}, but its config asks for router_type="
+            f"{config.router_type!r}. A missing router is not replaced by a random one."
+        )
+    for key, shape in shapes.items():
+        rows = _expected_rows(key, config)
+        if rows is not None and (not shape or shape[0] != rows):
+            raise CheckpointError(
+                f"Tensor {key!r} of {path} has shape {shape}, but its config, with num_experts="
+                f"{config.num_experts}, r={config.r} and router_hidden_size="
+                f"{config.router_hidden_size}, asks for {rows} rows."
+            )
+
+
+def _expected_rows(key: str, config: MoELoraConfig) -> int | None:
+    if key.endswith((".lora_A.weight", ".lora_embedding_A")):
+        return None if config.rank_pattern else config.num_experts * config.r
+    if key.endswith(".lora_router.hidden_weight"):
+        return config.router_hidden_size
+    if key.endswith((".lora_router.weight", ".lora_router.mature")):
+        return config.num_experts
+    return None
+
+
 def _check_router_file(path: Path, weights_path: Path, routers: dict[str, Tensor]) -> None:
     tensors = _read_tensors(path)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
     version = metadata.get(_METADATA_FORMAT)
-    if version is None or not version.isdigit():
+    if version is None or not re.fullmatch("[0-9]{1,9}", version):
         raise CheckpointError(f"{path} is no router file of moelora: its header has no version.")
     if int(version) > FORMAT_VERSION:
         raise CheckpointError(

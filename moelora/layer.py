@@ -15,6 +15,7 @@ from moelora.alignment import align_routing_weights, check_routing_weights
 from moelora.decision import MixtureSpec, consecutive_columns, decide
 from moelora.errors import RoutingWeightsError, UnsupportedLayerError
 from moelora.ops import lora_combine, mix_ranks
+from moelora.places import reads_position_pairs
 from moelora.routing import Routing
 from moelora.scope import Frame, LayerBinding, SharedRouting
 
@@ -85,7 +86,7 @@ def routed_forward(original: Any, layer: Any, x: Tensor, *args: Any, **kwargs: A
     return _mixed_forward(layer, x, weights, frame, args, kwargs)
 
 
-def _check_state(layer: Any, weights: Tensor | None, kwargs: dict[str, Any]) -> None:
+def _check_state(layer: Any, weights: Any, kwargs: dict[str, Any]) -> None:
     """Refuse what contradicts routing: another choice of adapters, or merged ones."""
     if kwargs.get("adapter_names") is not None:
         source = "a routed mixture" if weights is None else "routing_weights"
@@ -156,6 +157,11 @@ def _explicit_weights(
         raise RoutingWeightsError(
             f"Layer {_name(layer)!r} is a convolution and takes one weight vector per sample: "
             f"[batch, E], [batch, 1, E] or [E], got shape {tuple(weights.shape)}."
+        )
+    if weights.numel() != weights.shape[-1] and reads_position_pairs(_name(layer)):
+        raise RoutingWeightsError(
+            f"Layer {_name(layer)!r} embeds pairs of positions, which belong to no row or token of "
+            f"the batch. It takes only constant weights [E], got shape {tuple(weights.shape)}."
         )
     aligned = align_routing_weights(
         weights.to(x.device),

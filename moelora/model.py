@@ -29,6 +29,7 @@ def call_with_routing(original: Callable[..., Any], model: Any, *args: Any, **kw
             del kwargs["routing_weights"]
         else:
             _prepare_explicit(model)
+            _refuse_adapter_names(kwargs)
     return original(model, *args, **kwargs)
 
 
@@ -46,6 +47,15 @@ def _prepare_explicit(model: Any) -> nn.Module:
     return base
 
 
+def _refuse_adapter_names(kwargs: dict[str, Any]) -> None:
+    """Refuse two choices of adapters, before PEFT leaves its hooks for one of them."""
+    if kwargs.get("adapter_names") is not None:
+        raise RoutingWeightsError(
+            "adapter_names cannot be combined with routing_weights: give weights that are one-hot "
+            "per row instead."
+        )
+
+
 def generate_with_routing(
     original: Callable[..., Any] | None, model: Any, *args: Any, **kwargs: Any
 ) -> Any:
@@ -55,8 +65,7 @@ def generate_with_routing(
     positional = args if original is None else (model, *args)
     if weights is None:
         return generate(*positional, **kwargs)
-    if kwargs.get("adapter_names") is not None:
-        raise RoutingWeightsError("adapter_names cannot be combined with routing_weights.")
+    _refuse_adapter_names(kwargs)
     base = _prepare_explicit(model)
     scope = scope_of(base)
     assert scope is not None  # noqa: S101 - bound just above

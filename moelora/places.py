@@ -8,6 +8,7 @@ from torch import nn
 from moelora.errors import UnsupportedLayerError
 
 _CROSS_ATTENTION = re.compile(r"EncDecAttention|encoder_attn|cross_?attn|cross_?attention", re.I)
+_POSITION_PAIRS = re.compile(r"relative_(attention|position)", re.I)
 _KEYS_AND_VALUES = frozenset({"k", "v", "k_proj", "v_proj", "key", "value"})
 
 
@@ -54,6 +55,16 @@ def reads_other_tokens(name: str) -> bool:
     """
     parts = name.split(".")
     return parts[-1] in _KEYS_AND_VALUES and any(map(_CROSS_ATTENTION.search, parts))
+
+
+def reads_position_pairs(name: str) -> bool:
+    """Whether a layer embeds pairs of positions: its input has no rows of the batch.
+
+    Example:
+        >>> reads_position_pairs("encoder.block.0.layer.0.SelfAttention.relative_attention_bias")
+        True
+    """
+    return _POSITION_PAIRS.search(name.rsplit(".", 1)[-1]) is not None
 
 
 def hidden_size_of(base: nn.Module) -> int:
