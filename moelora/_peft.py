@@ -29,6 +29,7 @@ from peft.tuners.lora.layer import (
     ParamWrapper,
 )
 from peft.tuners.lora.layer import _ConvNd as ConvLayer
+from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import _get_submodules as get_submodules
@@ -216,6 +217,8 @@ def _patches() -> Iterator[_Patch]:
     callers: tuple[type, ...] = (PeftModel, PeftMixedModel, BaseTuner)
     for owner in callers:
         yield _Patch(owner, "__call__", functools.partial(_method, model.call_with_routing), None)
+    make = functools.partial(_method, mixture.check_mixed_config)
+    yield _Patch(MixedModel, "_check_new_adapter_config", make, ("self", "config"))
     for owner in (PeftModel, *_subclasses(PeftModel)):
         if "generate" in vars(owner):
             make = functools.partial(_method, model.generate_with_routing)

@@ -164,7 +164,8 @@ def _is_accumulating() -> bool:
     state = sys.modules.get("accelerate.state")
     if state is None or not state.GradientState._shared_state:
         return False
-    return not state.GradientState().sync_gradients
+    gradients = state.GradientState()
+    return gradients.in_dataloader and not gradients.sync_gradients
 
 
 def _has_loss(output: Any) -> bool:

@@ -7,7 +7,7 @@ from torch import nn
 from moelora import _peft
 from moelora.config import MoELoraConfig
 from moelora.decision import MixtureSpec
-from moelora.hooks import after_forward, before_forward
+from moelora.hooks import after_forward, before_forward, refuse_in_backbone
 from moelora.layer import mixtures_of
 from moelora.places import block_of, is_encoder_decoder, module_lists, reads_decoder
 from moelora.scope import SCOPE, LayerBinding, RoutingScope, ScopedCheckpoint, scope_of
@@ -35,6 +35,8 @@ def bind(base: nn.Module, peft_config: dict[str, Any]) -> RoutingScope:
         base.__dict__[SCOPE] = scope
         base.register_forward_pre_hook(before_forward, with_kwargs=True)
         base.register_forward_hook(after_forward, with_kwargs=True, always_call=True)
+        for backbone in _backbones(base):
+            backbone.register_forward_pre_hook(refuse_in_backbone, with_kwargs=True)
     experts_of = {
         name: config.num_experts if isinstance(config, MoELoraConfig) else 1
         for name, config in peft_config.items()
@@ -84,19 +86,28 @@ def unbind(base: nn.Module) -> None:
     if base.__dict__.pop(SCOPE, None) is None:
         return
     unbind_shared(base)
-    for hooks, ours in (
-        (base._forward_pre_hooks, before_forward),
-        (base._forward_hooks, after_forward),
-    ):
-        for key in [key for key, hook in hooks.items() if hook is ours]:
-            del hooks[key]
-            base._forward_pre_hooks_with_kwargs.pop(key, None)
-            base._forward_hooks_with_kwargs.pop(key, None)
-            base._forward_hooks_always_called.pop(key, None)
+    for module in (base, *_backbones(base)):
+        _remove_hooks(module)
     for module in base.modules():
         checkpoint = module.__dict__.get("_gradient_checkpointing_func")
         if isinstance(checkpoint, ScopedCheckpoint):
             module.__dict__["_gradient_checkpointing_func"] = checkpoint.checkpoint
+
+
+def _backbones(base: nn.Module) -> list[nn.Module]:
+    """The model inside a model with a head, as transformers names it."""
+    inner = getattr(base, "base_model", None)
+    return [inner] if isinstance(inner, nn.Module) and inner is not base else []
+
+
+def _remove_hooks(module: nn.Module) -> None:
+    ours = (before_forward, after_forward, refuse_in_backbone)
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if hook in ours]:
+            del hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+            module._forward_hooks_with_kwargs.pop(key, None)
+            module._forward_hooks_always_called.pop(key, None)
 
 
 def scope_checkpointing(base: nn.Module, scope: RoutingScope) -> None:

@@ -101,7 +101,8 @@ def decide(
     """
     spec = routers[0][1]
     logits = [
-        router(inputs).flatten(0, -2) / router_spec.temperature for router, router_spec in routers
+        router(inputs).reshape(-1, router.num_experts) / router_spec.temperature
+        for router, router_spec in routers
     ]
     routing = top_k_routing(torch.cat(logits, dim=-1), top_k=spec.top_k)
     if training and spec.capacity_factor is not None:

@@ -1,5 +1,6 @@
 """What happens around a forward of the base model: weights, masks, first pass, losses."""
 
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,9 @@ from moelora.first_pass import first_pass, keep_cache
 from moelora.places import is_encoder_decoder
 from moelora.scope import Frame, LayerBinding, Tape, scope_of
 from moelora.shared import shared_routers_of
+
+
+_registration = threading.Lock()
 
 
 def checked_weights(base: nn.Module, weights: Any) -> Tensor:
@@ -55,13 +59,24 @@ def _pass_keyword(
     return args, {**kwargs, "routing_weights": frame.weights}
 
 
+def refuse_in_backbone(
+    _backbone: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """The inner model, called without its head, would swallow the argument."""
+    if kwargs.get("routing_weights") is not None:
+        raise UnsupportedLayerError(
+            "routing_weights must be given to the whole model, not to the backbone inside it."
+        )
+
+
 def _pass_keyword_to_layers(base: nn.Module) -> None:
     """Register :func:`_pass_keyword` once explicit weights are used: others need not pay for it."""
-    for module in base.modules():
-        if isinstance(module, _peft.LoraLayer) and not any(
-            hook is _pass_keyword for hook in module._forward_pre_hooks.values()
-        ):
-            module.register_forward_pre_hook(_pass_keyword, with_kwargs=True)
+    with _registration:
+        for module in base.modules():
+            if isinstance(module, _peft.LoraLayer) and not any(
+                hook is _pass_keyword for hook in module._forward_pre_hooks.values()
+            ):
+                module.register_forward_pre_hook(_pass_keyword, with_kwargs=True)
 
 
 def before_forward(

@@ -81,6 +81,8 @@ def routed_forward(original: Any, layer: Any, x: Tensor, *args: Any, **kwargs: A
         adapters = list(layer.active_adapters)
         total = sum(_experts_of(layer, adapter) for adapter in adapters)
         weights = check_routing_weights(weights, num_experts=total, adapters=adapters)
+    if not _own_adapters(layer):
+        return original(layer, x, *args, **kwargs)
     if isinstance(layer, _peft.WHOLE_WEIGHT_LAYERS):
         return _constant_forward(layer, x, weights, args, kwargs)
     return _mixed_forward(layer, x, weights, frame, args, kwargs)
@@ -201,7 +203,8 @@ def _routed_weights(layer: Any, x: Tensor, frame: Frame | None) -> dict[str, Ten
         )
     if scopes == ["module"]:
         routing = _route(layer, x, routers, frame)
-        per_token = routing.routing_weights.reshape(*_lead(layer, x), -1)
+        weights = routing.routing_weights
+        per_token = weights.reshape(*_lead(layer, x), weights.shape[-1])
         columns = consecutive_columns({a: mixtures[a].num_experts for a in routers})
     else:
         shared = _shared_routing(layer, scopes[0], frame)

@@ -100,6 +100,8 @@ def create_and_replace(
     lora_config.fan_in_fan_out = stacked.fan_in_fan_out
     layer = getattr(parent, target_name)
     _add_mixture(layer, adapter_name, lora_config)
+    # PEFT leaves new layers in training mode, where capacity would make rows depend on each other
+    layer.train(tuner.model.training)
     if lora_config.has_router:
         features = _router_features(tuner, lora_config, kwargs.get("current_key", target_name))
         if features is not None:
@@ -288,6 +290,16 @@ def unload_and_optionally_merge(
     base: nn.Module = original(tuner, *args, **kwargs)
     unbind(base)
     return base
+
+
+def check_mixed_config(original: Callable[..., Any], tuner: Any, config: Any) -> None:
+    """Refuse a mixture in a PeftMixedModel, whose layers moelora does not serve."""
+    if isinstance(config, MoELoraConfig) and _is_stack(config):
+        raise UnsupportedLayerError(
+            "A mixture cannot be part of a PeftMixedModel (mixed=True). Use get_peft_model(..., "
+            "mixed=False); plain LoRA adapters can be added beside it."
+        )
+    original(tuner, config)
 
 
 def merge_adapter(

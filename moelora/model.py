@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from moelora import _peft
-from moelora.binding import bind, scope_checkpointing
+from moelora.binding import base_of, bind, scope_checkpointing
 from moelora.errors import RoutingWeightsError, UnsupportedLayerError
 from moelora.hooks import checked_weights
 from moelora.scope import Frame, scope_of
@@ -30,7 +30,15 @@ def call_with_routing(original: Callable[..., Any], model: Any, *args: Any, **kw
         else:
             _prepare_explicit(model)
             _refuse_adapter_names(kwargs)
-    return original(model, *args, **kwargs)
+    scope = scope_of(base_of(model))
+    if scope is None:
+        return original(model, *args, **kwargs)
+    before = scope.top
+    try:
+        return original(model, *args, **kwargs)
+    finally:
+        # hooks do not run on KeyboardInterrupt; an interrupted forward must leave nothing either
+        scope.restore(before)
 
 
 def _prepare_explicit(model: Any) -> nn.Module:
@@ -69,13 +77,27 @@ def generate_with_routing(
     base = _prepare_explicit(model)
     scope = scope_of(base)
     assert scope is not None  # noqa: S101 - bound just above
+    weights = checked_weights(base, weights)
+    _check_prompt(weights, args, kwargs)
     frame = Frame(
-        weights=checked_weights(base, weights),
+        weights=weights,
         generating=True,
         row_repeats=_row_repeats(base, kwargs),
     )
     with scope.entered(frame):
         return generate(*positional, **kwargs)
+
+
+def _check_prompt(weights: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Per-token weights must reach to the end of the prompt; only later steps take the last."""
+    prompt = kwargs.get("inputs_embeds", kwargs.get("input_ids", args[0] if args else None))
+    if weights.ndim < 3 or weights.shape[1] == 1 or not isinstance(prompt, Tensor):
+        return
+    if weights.shape[1] < prompt.shape[1]:
+        raise RoutingWeightsError(
+            f"routing_weights must cover the {prompt.shape[1]} positions of the prompt, got shape "
+            f"{tuple(weights.shape)}. Weights without a seq axis hold for all positions."
+        )
 
 
 def _row_repeats(base: nn.Module, kwargs: dict[str, Any]) -> int:

@@ -173,6 +173,10 @@ class RoutingScope:
         self._frames.top = None if frame is None else frame.outer
         return frame
 
+    def restore(self, frame: Frame | None) -> None:
+        """Go back to ``frame``, whatever was entered since."""
+        self._frames.top = frame
+
     @contextmanager
     def entered(self, frame: Frame) -> Iterator[None]:
         """Run a block inside ``frame``, whatever happens in it."""

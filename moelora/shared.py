@@ -54,7 +54,8 @@ class SharedRouters:
             frame=frame,
             token_mask=None if mask is None else mask.reshape(-1).to(device),
         )
-        weights = routing.routing_weights.reshape(*hidden_states.shape[:-1], -1)
+        weights = routing.routing_weights
+        weights = weights.reshape(*hidden_states.shape[:-1], weights.shape[-1])
         columns = consecutive_columns({a: spec.num_experts for a, spec in specs.items()})
         return SharedRouting(weights, columns)
 
