@@ -21,6 +21,7 @@ from moelora.errors import (
 from moelora.losses import load_balancing_loss, router_z_loss, switch_loss
 from moelora.mixture import mark_mature
 from moelora.record import RoutingRecord, record_routing
+from moelora.router import Router
 from moelora.routing import Routing, top_k_routing
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "MoELoraConfig",
     "MoELoraError",
     "MoETrainerCallback",
+    "Router",
     "Routing",
     "RoutingRecord",
     "RoutingWeightsError",

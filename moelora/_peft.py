@@ -184,7 +184,7 @@ def _register() -> None:
 
 def _patches() -> Iterator[_Patch]:
     """Every change to a foreign class, in one list."""
-    from moelora import checkpoint, mixture, model
+    from moelora import attached, checkpoint, mixture, model
 
     yield from _layer_patches()
     lora_model: dict[str, tuple[Callable[..., Any], tuple[str, ...] | None]] = {
@@ -200,6 +200,19 @@ def _patches() -> Iterator[_Patch]:
     }
     for name, (replacement, parameters) in lora_model.items():
         yield _Patch(LoraModel, name, functools.partial(_method, replacement), parameters)
+    holders: tuple[type, ...] = (LoraModel, PeftModel)
+    for owner in holders:
+        for method in (
+            attached.attach_router,
+            attached.detach_router,
+            attached.get_routing_weights,
+        ):
+            yield _Patch(owner, method.__name__, functools.partial(_added, method), None)
+        yield _Patch(
+            owner, "router", functools.partial(_added, property(attached.get_router)), None
+        )
+        moe_config = property(attached.get_moe_config)
+        yield _Patch(owner, "moe_config", functools.partial(_added, moe_config), None)
     for name, replacement, parameters in (
         (
             "_get_adapter_state_dict",
@@ -292,6 +305,11 @@ def _routed_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         return routed_forward(original, self, *args, **kwargs)
 
     return forward
+
+
+def _added(addition: Any, _original: Any) -> Any:
+    """An attribute that the owner did not have."""
+    return addition
 
 
 def _method(

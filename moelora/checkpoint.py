@@ -6,11 +6,9 @@ there are, their shapes, dtypes and values, and that both copies of the router a
 safetensors and JSON are read.
 """
 
-import hashlib
 import inspect
 import json
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,17 +17,29 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moelora import _peft
-from moelora.config import DISK_PEFT_TYPE, FORMAT_VERSION, MoELoraConfig
+from moelora.attached import get_router
+from moelora.attached_file import (
+    check_attached,
+    is_attached_file,
+    restore_attached,
+    save_attached,
+)
+from moelora.config import DISK_PEFT_TYPE, MoELoraConfig
 from moelora.errors import CheckpointError
 from moelora.rollback import unchanged_on_error
+from moelora.router_file import (
+    MIXTURE,
+    ROUTER_FILE,
+    read_router_file,
+    read_tensors,
+    write_router_file,
+)
 
-ROUTER_FILE = "router.safetensors"
 _ROUTER_KEY = ".lora_router."
-_METADATA_FORMAT = "moelora_format"
+_ATTACHED_PREFIXES = ("base_model.router.", "router.")
 
 
 # The adapter's tensors in and out of the model -----------------------------------------------
@@ -52,6 +62,8 @@ def get_adapter_state_dict(
     Raises:
         CheckpointError: if keys are gone and ``state_dict`` is not the model's own.
     """
+    # an attached router is a child of the tuner, which PEFT takes for a part of each adapter
+    state_dict = {k: v for k, v in state_dict.items() if not k.startswith(_ATTACHED_PREFIXES)}
     configs = getattr(model, "peft_config", {}).values()
     if any(isinstance(other, MoELoraConfig) for other in configs):
         state_dict = _exact_state_dict(model, adapter_name, state_dict, unwanted_adapter_names)
@@ -180,15 +192,26 @@ def save_pretrained(
                 "pickle files can run code when they are loaded."
             )
         check_folder_name(name)
+    attached = get_router(model) is not None
+    if attached:
+        check_attached(model, Path(save_directory), mixtures)
     for name, config in configs.items():
-        if name not in mixtures or not config.has_router:
-            _check_no_stale_router(name, _folder(save_directory, name))
+        folder = _folder(save_directory, name)
+        replaced = attached and folder == Path(save_directory)
+        if not replaced and (name not in mixtures or not config.has_router):
+            _check_no_stale_router(name, folder)
     original(model, save_directory, *args, **kwargs)
     if not call.arguments["is_main_process"]:
         return
     for name, config in mixtures.items():
         if config.has_router:
-            _write_router(_folder(save_directory, name), name, config)
+            folder = _folder(save_directory, name)
+            # read back from the file just written, so that both agree to the bit
+            tensors = read_tensors(folder / _peft.SAFETENSORS_WEIGHTS_NAME, only=_ROUTER_KEY)
+            experts = [f"{name}.{index}" for index in range(config.num_experts)]
+            write_router_file(folder, tensors, kind=MIXTURE, experts=experts)
+    if get_router(model) is not None:
+        save_attached(model, Path(save_directory))
 
 
 def _folder(save_directory: str | os.PathLike[str], adapter_name: str) -> Path:
@@ -215,35 +238,6 @@ def _check_no_stale_router(name: str, folder: Path) -> None:
             f"Adapter {name!r} has no router, but {folder / ROUTER_FILE} holds the router of "
             "another one. Save to another folder, or remove that file."
         )
-
-
-def _write_router(folder: Path, name: str, config: MoELoraConfig) -> None:
-    """Copy the router's tensors out of the adapter file just written, so that both agree."""
-    tensors = _read_tensors(folder / _peft.SAFETENSORS_WEIGHTS_NAME, only=_ROUTER_KEY)
-    experts = [f"{name}.{index}" for index in range(config.num_experts)]
-    metadata = {
-        "format": "pt",
-        _METADATA_FORMAT: str(FORMAT_VERSION),
-        "experts": json.dumps(experts),
-        "sha256": _digest(tensors),
-    }
-    path = folder / ROUTER_FILE
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in the order of names."""
-    digest = hashlib.sha256()
-    for key in sorted(tensors):
-        tensor = tensors[key].contiguous().cpu()
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 # Loading -------------------------------------------------------------------------------------
@@ -316,10 +310,29 @@ def from_pretrained(
     Raises:
         CheckpointError: if a file of a mixture is missing, damaged or contradicts another.
     """
-    if not check_folder(model_id, **_hub_arguments(kwargs)):
+    router = kwargs.pop("router", None)
+    hub = _hub_arguments(kwargs)
+    is_mixture = check_folder(model_id, **hub)
+    file = None if is_mixture and router is None else _attached_file(model_id, **hub)
+    if not is_mixture and router is None and file is None:
         return original(cls, model, model_id, *args, **kwargs)
     with unchanged_on_error(model):
-        return original(cls, model, model_id, *args, **kwargs)
+        loaded = original(cls, model, model_id, *args, **kwargs)
+        restore_attached(loaded, file, router)
+        return loaded
+
+
+def _attached_file(
+    model_id: str | os.PathLike[str], *, subfolder: str | None, hub: dict[str, Any]
+) -> Path | None:
+    """The file of a router attached over this LoRA adapter: in its folder, or one above."""
+    here = _Locator(os.fspath(model_id), subfolder, hub)
+    config_path = here(_peft.CONFIG_NAME)
+    if config_path is None or '"LORA"' not in config_path.read_text("utf-8", "replace"):
+        return None
+    above = _Locator(os.fspath(model_id), None, hub)
+    places = [here(ROUTER_FILE), here.above(ROUTER_FILE), above(ROUTER_FILE) if subfolder else None]
+    return next((path for path in places if path is not None and is_attached_file(path)), None)
 
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
@@ -355,10 +368,10 @@ def check_folder(
             "safetensors only."
         )
     _check_shapes(weights_path, config)
-    routers = _read_tensors(weights_path, only=_ROUTER_KEY)
+    routers = read_tensors(weights_path, only=_ROUTER_KEY)
     router_path = locate(ROUTER_FILE)
     if router_path is not None:
-        _check_router_file(router_path, weights_path, routers)
+        _check_agreement(router_path, weights_path, routers)
     return True
 
 
@@ -375,6 +388,11 @@ class _Locator:
     def where(self) -> str:
         """The folder or hub id, for messages."""
         return str(self.local) if self.local.is_dir() else self.model_id
+
+    def above(self, filename: str) -> Path | None:
+        """Return ``filename`` in the folder above the adapter's, if that is a local one."""
+        path = self.local.parent / filename
+        return path if self.local.is_dir() and path.exists() else None
 
     def __call__(self, filename: str) -> Path | None:
         """Return a local path of ``filename``, or None if there is none."""
@@ -405,15 +423,6 @@ def _read_config(path: Path) -> MoELoraConfig | None:
     if not isinstance(config, MoELoraConfig):
         raise CheckpointError(f"{path} does not describe a mixture.")
     return config
-
-
-def _read_tensors(path: Path, *, only: str = "") -> dict[str, Tensor]:
-    """The tensors of a safetensors file whose names contain ``only``."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys() if only in key}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}.") from error
 
 
 def _read_shapes(source: "Path | _Locator") -> dict[str, tuple[int, ...]]:
@@ -462,23 +471,14 @@ def _expected_rows(key: str, config: MoELoraConfig) -> int | None:
     return None
 
 
-def _check_router_file(path: Path, weights_path: Path, routers: dict[str, Tensor]) -> None:
-    tensors = _read_tensors(path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    version = metadata.get(_METADATA_FORMAT)
-    if version is None or not re.fullmatch("[0-9]{1,9}", version):
-        raise CheckpointError(f"{path} is no router file of moelora: its header has no version.")
-    if int(version) > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format {version}, this release reads up to {FORMAT_VERSION}. Upgrade "
-            "moelora."
-        )
-    if metadata.get("sha256") != _digest(tensors):
-        raise CheckpointError(f"{path} is damaged: its tensors do not match its digest.")
-    same = tensors.keys() == routers.keys() and all(
-        tensors[key].dtype == routers[key].dtype and torch.equal(tensors[key], routers[key])
-        for key in tensors
+def _check_agreement(path: Path, weights_path: Path, routers: dict[str, Tensor]) -> None:
+    """Hold the router's two copies against each other: if they differ, someone edited one."""
+    file = read_router_file(path)
+    if file.kind != MIXTURE:
+        return
+    same = file.tensors.keys() == routers.keys() and all(
+        tensor.dtype == routers[key].dtype and torch.equal(tensor, routers[key])
+        for key, tensor in file.tensors.items()
     )
     if not same:
         raise CheckpointError(

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from moelora import _peft
 from moelora.alignment import check_routing_weights, slice_positions
+from moelora.asking import ask_router
 from moelora.auxiliary import add_auxiliary_loss
 from moelora.errors import RoutingWeightsError, UnsupportedLayerError
 from moelora.first_pass import first_pass, keep_cache
 from moelora.places import is_encoder_decoder
-from moelora.scope import Frame, LayerBinding, Tape, scope_of
+from moelora.scope import ATTACHED, Frame, LayerBinding, Tape, scope_of
 from moelora.shared import shared_routers_of
-
 
 _registration = threading.Lock()
 
@@ -129,13 +129,25 @@ def _with_model_routing(
 ) -> Frame:
     """Let a router over the whole model decide, by the hidden states of a first pass."""
     scope, routers = scope_of(base), shared_routers_of(base)
-    if scope is None or routers is None or not routers.active():
+    attached: nn.Module | None = base.__dict__.get(ATTACHED)
+    if scope is None or not _adapters_enabled(base):
+        return frame
+    if attached is None and (routers is None or not routers.active()):
         return frame
     hidden_states, made_cache = first_pass(base, scope, args, kwargs)
-    shared = routers.decide(hidden_states, frame)
+    if attached is not None:
+        weights = checked_weights(base, ask_router(attached, hidden_states))
+        return replace(frame, weights=weights, first_pass_cache=made_cache)
+    shared = None if routers is None else routers.decide(hidden_states, frame)
     if shared is None:
         return frame
     return replace(frame, shared={"": shared}, first_pass_cache=made_cache)
+
+
+def _adapters_enabled(base: nn.Module) -> bool:
+    layers = (module for module in base.modules() if isinstance(module, _peft.LoraLayer))
+    first = next(layers, None)
+    return first is not None and not first.disable_adapters and not first.merged
 
 
 def after_forward(

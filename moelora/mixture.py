@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moelora import _peft
+from moelora.attached import watch_state_dicts
 from moelora.binding import bind, unbind
 from moelora.config import MoELoraConfig
 from moelora.decision import MixtureSpec
@@ -47,6 +48,7 @@ def inject_adapter(
     del tuner.__dict__[_ROUTED_BLOCKS]
     if not isinstance(tuner, _peft.AdaLoraModel):
         bind(model, tuner.peft_config)
+        watch_state_dicts(tuner)
 
 
 def _check_targets(tuner: Any, model: nn.Module, config: MoELoraConfig) -> None:

@@ -1,9 +1,14 @@
 """Router modules: they own parameters and turn hidden states into router logits."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from moelora.errors import ConfigError
+from moelora.routing import Routing, share_while_immature, top_k_routing
 
 #: Router rows start small and random: with equal rows every token would go to the first experts.
 ROUTER_INIT_STD = 0.02
@@ -84,3 +89,81 @@ class ModuleRouter(nn.Module):
             "" if self.hidden_weight is None else f", hidden_size={self.hidden_weight.shape[0]}"
         )
         return f"num_experts={self.num_experts}{hidden}"
+
+
+class Router(ModuleRouter):
+    """A router over the experts of a whole model, for ``attach_router``.
+
+    Reads hidden states and returns routing weights: softmax of ``logits / temperature``, the top k
+    kept and renormalised (:func:`~moelora.routing.top_k_routing`), or dense while any expert is
+    immature.
+
+    Args:
+        input_size: width of the hidden states.
+        num_experts: experts to choose from.
+        top_k: experts per token.
+        temperature: divides the logits, > 0.
+        hidden_size: width of a hidden layer, or None.
+        track_maturity: keep the buffer ``mature``.
+
+    Raises:
+        ConfigError: if a size is not positive, ``top_k`` not in ``[1, num_experts]`` or the
+            temperature not positive.
+
+    Example:
+        >>> Router(16, 4)(torch.zeros(2, 3, 16)).shape
+        torch.Size([2, 3, 4])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        num_experts: int,
+        *,
+        top_k: int = 2,
+        temperature: float = 2.0,
+        hidden_size: int | None = None,
+        track_maturity: bool = False,
+    ) -> None:
+        for name, value in (("input_size", input_size), ("num_experts", num_experts)):
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}.")
+        if not 1 <= top_k <= num_experts:
+            raise ConfigError(
+                f"top_k must be between 1 and num_experts={num_experts}, got {top_k}."
+            )
+        if not temperature > 0:
+            raise ConfigError(f"temperature must be > 0, got {temperature}.")
+        super().__init__(
+            in_features=input_size,
+            num_experts=num_experts,
+            hidden_size=hidden_size,
+            track_maturity=track_maturity,
+        )
+        self.input_size = input_size
+        self.top_k = top_k
+        self.temperature = temperature
+
+    def config(self) -> dict[str, Any]:
+        """The arguments that make such a router again."""
+        return {
+            "input_size": self.input_size,
+            "num_experts": self.num_experts,
+            "top_k": self.top_k,
+            "temperature": self.temperature,
+            "hidden_size": None if self.hidden_weight is None else self.hidden_weight.shape[0],
+            "track_maturity": self.mature is not None,
+        }
+
+    def routing(self, hidden_states: Float[Tensor, "*batch features"]) -> Routing:
+        """The whole decision for the flattened tokens."""
+        logits = super().forward(hidden_states).reshape(-1, self.num_experts) / self.temperature
+        routing = top_k_routing(logits, top_k=self.top_k)
+        return routing if self.mature is None else share_while_immature(routing, self.mature)
+
+    def forward(
+        self, hidden_states: Float[Tensor, "*batch features"]
+    ) -> Float[Tensor, "*batch experts"]:
+        """Return the routing weights, at least float32."""
+        weights = self.routing(hidden_states).routing_weights
+        return weights.reshape(*hidden_states.shape[:-1], self.num_experts)

@@ -190,6 +190,8 @@ class RoutingScope:
 
 #: Where a base model keeps its scope, in ``__dict__``: not a submodule, and not PEFT's.
 SCOPE = "_moelora_scope"
+#: Where a base model keeps the attached router that routes every forward, if there is one.
+ATTACHED = "_moelora_attached"
 
 
 def scope_of(base: nn.Module) -> RoutingScope | None:
