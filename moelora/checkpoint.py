@@ -9,7 +9,10 @@ safetensors and JSON are read.
 import inspect
 import json
 import os
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from moelora.attached_file import (
 )
 from moelora.config import DISK_PEFT_TYPE, MoELoraConfig
 from moelora.errors import CheckpointError
+from moelora.model_card import add_to_model_card
 from moelora.rollback import unchanged_on_error
 from moelora.router_file import (
     MIXTURE,
@@ -200,18 +204,45 @@ def save_pretrained(
         replaced = attached and folder == Path(save_directory)
         if not replaced and (name not in mixtures or not config.has_router):
             _check_no_stale_router(name, folder)
-    original(model, save_directory, *args, **kwargs)
-    if not call.arguments["is_main_process"]:
+    if not call.arguments["is_main_process"] or not (mixtures or attached):
+        original(model, save_directory, *args, **kwargs)
         return
-    for name, config in mixtures.items():
-        if config.has_router:
-            folder = _folder(save_directory, name)
-            # read back from the file just written, so that both agree to the bit
-            tensors = read_tensors(folder / _peft.SAFETENSORS_WEIGHTS_NAME, only=_ROUTER_KEY)
-            experts = [f"{name}.{index}" for index in range(config.num_experts)]
-            write_router_file(folder, tensors, kind=MIXTURE, experts=experts)
-    if get_router(model) is not None:
-        save_attached(model, Path(save_directory))
+    with _written_whole(Path(save_directory)) as folder:
+        original(model, folder, *args, **kwargs)
+        for name, config in mixtures.items():
+            if config.has_router:
+                _write_router(_folder(folder, name), name, config)
+        if attached:
+            save_attached(model, folder)
+        add_to_model_card(folder, mixtures)
+
+
+@contextmanager
+def _written_whole(target: Path) -> Iterator[Path]:
+    """A folder to write to, whose files replace those of ``target`` one by one when all are there.
+
+    A crash or a full disk half way leaves the earlier files as they were.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as name:
+        folder = Path(name)
+        card = target / "README.md"
+        if card.is_file():
+            shutil.copy2(card, folder / card.name)
+        yield folder
+        for path in sorted(folder.rglob("*")):
+            place = target / path.relative_to(folder)
+            if path.is_dir():
+                place.mkdir(exist_ok=True)
+            else:
+                path.replace(place)
+
+
+def _write_router(folder: Path, name: str, config: MoELoraConfig) -> None:
+    """Copy the router out of the adapter file just written, so that both agree to the bit."""
+    tensors = read_tensors(folder / _peft.SAFETENSORS_WEIGHTS_NAME, only=_ROUTER_KEY)
+    experts = [f"{name}.{index}" for index in range(config.num_experts)]
+    write_router_file(folder, tensors, kind=MIXTURE, experts=experts)
 
 
 def _folder(save_directory: str | os.PathLike[str], adapter_name: str) -> Path:

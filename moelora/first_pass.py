@@ -73,6 +73,12 @@ def _own_cache(cache: Any) -> Any:
     """The first pass's cache that belongs to the caller's; made while that is empty."""
     own = getattr(cache, _CACHE, None)
     if own is not None:
+        if int(own.get_seq_length()) != int(cache.get_seq_length()):
+            raise RoutingWeightsError(
+                f"The given KV cache holds {int(cache.get_seq_length())} positions, but the first "
+                f"pass has seen {int(own.get_seq_length())}: steps with explicit weights or "
+                "without adapters were taken in between. Start from an empty cache."
+            )
         return own
     if not hasattr(cache, "get_seq_length") or int(cache.get_seq_length()) != 0:
         raise RoutingWeightsError(

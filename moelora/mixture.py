@@ -28,6 +28,7 @@ from moelora.places import (
     module_lists,
     reads_other_tokens,
 )
+from moelora.rollback import unchanged_on_error
 from moelora.router import ModuleRouter
 
 
@@ -43,9 +44,12 @@ def inject_adapter(
     config = tuner.peft_config[adapter_name]
     if isinstance(config, MoELoraConfig):
         _check_targets(tuner, model, config)
-    tuner.__dict__[_ROUTED_BLOCKS] = set()
-    original(tuner, model, adapter_name, *args, **kwargs)
-    del tuner.__dict__[_ROUTED_BLOCKS]
+        with unchanged_on_error(tuner):
+            tuner.__dict__[_ROUTED_BLOCKS] = set()
+            original(tuner, model, adapter_name, *args, **kwargs)
+            del tuner.__dict__[_ROUTED_BLOCKS]
+    else:
+        original(tuner, model, adapter_name, *args, **kwargs)
     if not isinstance(tuner, _peft.AdaLoraModel):
         bind(model, tuner.peft_config)
         watch_state_dicts(tuner)
