@@ -872,14 +872,12 @@ def test_names_that_would_leave_the_folder_are_refused_before_anything_is_writte
 def test_a_save_that_fails_leaves_the_former_files_readable(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moelora import checkpoint
-
     before = (saved / ROUTER).read_bytes()
 
     def fail(*_: object, **__: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         mixture().save_pretrained(saved)
     assert (saved / ROUTER).read_bytes() == before

@@ -529,6 +529,14 @@ def test_weights_that_do_not_fit_are_refused(weights: Any, match: str) -> None:
         generated(two_loras(), token_ids(), routing_weights=weights)
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_weights_for_fewer_positions_than_the_prompt_are_refused(use_cache: bool) -> None:
+    with pytest.raises(RoutingWeightsError, match="positions|seq"):
+        generated(
+            two_loras(), token_ids(), routing_weights=torch.ones(2, 3, 2), use_cache=use_cache
+        )
+
+
 def test_adapter_names_and_weights_together_are_refused() -> None:
     with pytest.raises(RoutingWeightsError, match="adapter_names"):
         generated(

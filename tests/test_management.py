@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftMixedModel, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from moelora import MergeError, MoELoraConfig, RoutingWeightsError
+from moelora import MergeError, MoELoraConfig, RoutingWeightsError, UnsupportedLayerError
 from tests.lm import (
     TARGETS,
     assert_same_snapshot,
@@ -304,8 +304,7 @@ def test_shared_mixtures_of_one_scope_compete_in_any_order(scope: str) -> None:
         mixture_config(router_scope=scope, num_experts=2, target_modules=["o_proj", "down_proj"]),
     )
     perturb_only(model, "second")
-    # PEFT makes new layers in training mode, where capacity is limited
-    model.eval().base_model.set_adapter(["first", "second"])
+    model.base_model.set_adapter(["first", "second"])
     before = logits(model)
     model.base_model.set_adapter(["second", "first"])
     assert_close(logits(model), before, dtype=torch.float32)
@@ -372,6 +371,15 @@ def test_an_added_mixture_is_neither_active_nor_trainable() -> None:
     model = two_mixtures()
     assert model.active_adapters == ["first"]
     assert adapters_with_gradient(model) == {"first"}
+
+
+def test_a_mixture_added_to_a_model_in_eval_is_in_eval_too() -> None:
+    model = mixture(name="first").eval()
+    model.add_adapter("second", mixture_config(target_modules=["o_proj"]))
+    perturb(model)
+    model.set_adapter("second")
+    before = logits(model)
+    assert_equal(logits(model.eval()), before)
 
 
 def test_deleting_a_mixture_leaves_nothing_of_it() -> None:
@@ -519,12 +527,11 @@ def test_a_mixture_cannot_be_blended_into_a_weighted_adapter() -> None:
 # Other models ----------------------------------------------------------------------------------
 
 
-def test_a_mixed_model_routes_a_mixture() -> None:
-    model = get_peft_model(tiny_llama(), mixture_config(), mixed=True)
-    assert isinstance(model, PeftMixedModel)
-    perturb(model)
-    expected = mixture().eval()
-    assert_equal(model.eval()(token_ids()).logits, logits(expected))
+def test_a_mixed_model_refuses_a_mixture_and_leaves_the_base_alone() -> None:
+    base = tiny_llama()
+    with pytest.raises(UnsupportedLayerError, match="PeftMixedModel"):
+        get_peft_model(base, mixture_config(), mixed=True)
+    assert not lora_layers(base)
 
 
 def test_a_model_without_task_type_routes_a_mixture() -> None:

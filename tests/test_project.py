@@ -37,6 +37,7 @@ PUBLIC_NAMES = [
     "MoELoraConfig",
     "MoELoraError",
     "MoETrainerCallback",
+    "Router",
     "Routing",
     "RoutingRecord",
     "RoutingWeightsError",

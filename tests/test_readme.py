@@ -89,6 +89,18 @@ def test_the_readme_weights_act_and_get_gradients(
     assert names["weights"].grad.shape == names["weights"].shape
 
 
+def test_the_readme_router_is_saved_beside_its_experts(
+    after_readme: tuple[Path, dict[str, Any]],
+) -> None:
+    folder, _ = after_readme
+    saved = {path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors")}
+    assert {
+        "my-experts/sql/adapter_model.safetensors",
+        "my-experts/french/adapter_model.safetensors",
+        "my-experts/router.safetensors",
+    } <= saved
+
+
 def test_every_make_command_of_the_readme_exists() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z]+):", makefile, flags=re.MULTILINE))

