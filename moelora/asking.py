@@ -1,5 +1,7 @@
 """Asking a router that is not ours for routing weights."""
 
+import itertools
+
 from torch import Tensor, nn
 
 from moelora.errors import RoutingWeightsError
@@ -11,7 +13,8 @@ def ask_router(router: nn.Module, hidden_states: Tensor) -> Tensor:
     Raises:
         RoutingWeightsError: if it does not return a float tensor of one weight vector per token.
     """
-    own = next((p for p in router.parameters() if p.is_floating_point()), None)
+    tensors = itertools.chain(router.parameters(), router.buffers())
+    own = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
     if own is not None:
         hidden_states = hidden_states.to(device=own.device, dtype=own.dtype)
     weights = router(hidden_states)

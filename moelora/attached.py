@@ -14,7 +14,7 @@ from moelora import _peft
 from moelora.asking import ask_router
 from moelora.binding import bind
 from moelora.config import MoELoraConfig
-from moelora.errors import UnsupportedLayerError
+from moelora.errors import CheckpointError, UnsupportedLayerError
 from moelora.scope import ATTACHED
 
 _PENDING = "_moelora_pending_router"
@@ -75,6 +75,7 @@ def attach_router(
     Raises:
         TypeError: if the arguments are no module or no config.
         UnsupportedLayerError: if the model has no LoRA adapters.
+        CheckpointError: if tensors that were kept for this router do not fit it.
     """
     if not isinstance(router_module, nn.Module):
         raise TypeError(
@@ -83,6 +84,9 @@ def attach_router(
     if moe_config is not None and not isinstance(moe_config, MoELoraConfig):
         raise TypeError(f"moe_config must be a MoELoraConfig, got {type(moe_config).__name__}.")
     tuner = tuner_of(model)
+    pending = tuner.__dict__.get(_PENDING)
+    if pending:
+        _check_pending(router_module, pending)
     bind(tuner.model, tuner.peft_config)
     if tuner._modules.get("router") is not None:
         warnings.warn("The model already has a router, which is replaced.", stacklevel=3)
@@ -94,9 +98,22 @@ def attach_router(
     tuner.__dict__[_MOE_CONFIG] = moe_config
     tuner.model.__dict__[ATTACHED] = router_module if moe_config is not None else None
     watch_state_dicts(tuner)
-    pending = tuner.__dict__.pop(_PENDING, None)
     if pending:
         router_module.load_state_dict(pending)
+        del tuner.__dict__[_PENDING]
+
+
+def _check_pending(router: nn.Module, pending: dict[str, Tensor]) -> None:
+    own = router.state_dict()
+    differing = sorted(own.keys() ^ pending.keys())
+    differing += [
+        key for key in own.keys() & pending.keys() if own[key].shape != pending[key].shape
+    ]
+    if differing:
+        raise CheckpointError(
+            f"The tensors kept for this model's router do not fit {type(router).__name__}: "
+            f"{differing} differ. They stay kept; detach_router() drops them."
+        )
 
 
 def detach_router(model: Any) -> nn.Module | None:
@@ -107,6 +124,7 @@ def detach_router(model: Any) -> nn.Module | None:
     """
     tuner = tuner_of(model)
     router: nn.Module | None = tuner._modules.pop("router", None)
+    tuner.__dict__.pop(_PENDING, None)
     tuner.__dict__.pop(_MOE_CONFIG, None)
     tuner.model.__dict__.pop(ATTACHED, None)
     return router

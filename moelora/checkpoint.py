@@ -43,7 +43,6 @@ from moelora.router_file import (
 )
 
 _ROUTER_KEY = ".lora_router."
-_ATTACHED_PREFIXES = ("base_model.router.", "router.")
 
 
 # The adapter's tensors in and out of the model -----------------------------------------------
@@ -66,12 +65,21 @@ def get_adapter_state_dict(
     Raises:
         CheckpointError: if keys are gone and ``state_dict`` is not the model's own.
     """
-    # an attached router is a child of the tuner, which PEFT takes for a part of each adapter
-    state_dict = {k: v for k, v in state_dict.items() if not k.startswith(_ATTACHED_PREFIXES)}
+    attached = _attached_keys(model)
+    state_dict = {key: value for key, value in state_dict.items() if key not in attached}
     configs = getattr(model, "peft_config", {}).values()
     if any(isinstance(other, MoELoraConfig) for other in configs):
         state_dict = _exact_state_dict(model, adapter_name, state_dict, unwanted_adapter_names)
     return original(cls, model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+
+def _attached_keys(model: nn.Module) -> set[str]:
+    """An attached router is a child of the tuner, which PEFT takes for a part of each adapter."""
+    if not isinstance(model, _peft.PeftModel | _peft.LoraModel):
+        return set()
+    router = get_router(model)
+    prefix = "base_model.router." if isinstance(model, _peft.PeftModel) else "router."
+    return set() if router is None else {prefix + key for key in router.state_dict()}
 
 
 def _exact_state_dict(

@@ -56,7 +56,7 @@ def first_pass(
     if not isinstance(hidden_states, Tensor):
         raise UnsupportedLayerError(
             f"{type(base).__name__} gives no last_hidden_state, which a router over the model's "
-            "final hidden states reads. Use router_scope='module'."
+            "final hidden states reads. Use router_scope='module', or pass routing_weights."
         )
     made = getattr(output, "past_key_values", None) if cache is None else None
     return hidden_states.detach(), made

@@ -179,7 +179,8 @@ def _check_plain(base: nn.Module, kwargs: dict[str, Any]) -> None:
         for layer in layers
         for name, spec in layer.__dict__.get("moe_mixtures", {}).items()
     )
-    if routed or kwargs.get("routing_weights") is not None:
+    automatic = base.__dict__.get(ATTACHED) is not None
+    if routed or automatic or kwargs.get("routing_weights") is not None:
         raise UnsupportedLayerError(
             "moelora is uninstalled, so this model cannot route. Call moelora.install() first."
         )

@@ -30,6 +30,7 @@ from moelora.places import (
 )
 from moelora.rollback import unchanged_on_error
 from moelora.router import ModuleRouter
+from moelora.scope import ATTACHED
 
 
 def inject_adapter(
@@ -320,6 +321,11 @@ def merge_adapter(
 
 
 def _check_mergeable(tuner: Any, adapter_names: list[str] | None) -> None:
+    if tuner.model.__dict__.get(ATTACHED) is not None:
+        raise MergeError(
+            "Adapters that an attached router weighs token by token have no single merged weight. "
+            "Call detach_router() first, to merge their plain sum."
+        )
     names = tuner.active_adapters if adapter_names is None else adapter_names
     learned = [name for name in names if _has_router(tuner, name)]
     if learned:

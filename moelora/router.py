@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moelora.errors import ConfigError
+from moelora.errors import ConfigError, RoutingWeightsError
 from moelora.routing import Routing, share_while_immature, top_k_routing
 
 #: Router rows start small and random: with equal rows every token would go to the first experts.
@@ -156,7 +156,16 @@ class Router(ModuleRouter):
         }
 
     def routing(self, hidden_states: Float[Tensor, "*batch features"]) -> Routing:
-        """The whole decision for the flattened tokens."""
+        """The whole decision for the flattened tokens.
+
+        Raises:
+            RoutingWeightsError: if the hidden states are of another width than ``input_size``.
+        """
+        if hidden_states.shape[-1] != self.input_size:
+            raise RoutingWeightsError(
+                f"The Router reads hidden states of width input_size={self.input_size}, got "
+                f"{hidden_states.shape[-1]}."
+            )
         logits = super().forward(hidden_states).reshape(-1, self.num_experts) / self.temperature
         routing = top_k_routing(logits, top_k=self.top_k)
         return routing if self.mature is None else share_while_immature(routing, self.mature)
