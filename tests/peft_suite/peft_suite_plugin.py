@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,10 @@ import pytest
 #: Set in the run without moelora, which must not have it.
 STOCK_VARIABLE = "PEFT_SUITE_STOCK"
 
-#: Grids of methods by models, of which only LoRA's rows and its relatives' are run.
-GRIDS = (
-    "test_decoder_models.py",
-    "test_encoder_decoder_models.py",
-    "test_feature_extraction_models.py",
-    "test_seq_classifier.py",
-    "test_stablediffusion.py",
+#: Rows of other methods than LoRA in the grids of methods by models.
+OTHER_METHODS = re.compile(
+    r"test_(decoder|encoder_decoder|feature_extraction)_models\.py.*[\[-](?!(Ada)?Lora)\w+Config"
+    r"|test_(seq_classifier|stablediffusion)\.py.*[\[-](?!(Ada)?Lora)\w+Config"
 )
 
 
@@ -44,8 +42,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     keep, drop = [], []
     for item in items:
         test_id = item.nodeid.removeprefix("tests/")
-        other_method = test_id.startswith(GRIDS) and "lora" not in test_id.lower()
-        (drop if other_method or test_id.startswith(prefixes) else keep).append(item)
+        is_dropped = test_id.startswith(prefixes) or OTHER_METHODS.match(test_id)
+        (drop if is_dropped else keep).append(item)
     config.hook.pytest_deselected(items=drop)
     items[:] = keep
 

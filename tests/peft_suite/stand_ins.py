@@ -104,6 +104,7 @@ _PRETRAINING = "AutoModelForPreTraining"
 
 #: name on the hub, a revision behind @: (class to make it with, recipe)
 MODELS: dict[str, tuple[str, str]] = {
+    "bert-base-uncased": (_PRETRAINING, "bert"),
     "facebook/opt-125m": (_CAUSAL, "opt-125m"),
     "google/flan-t5-small": (_SEQ2SEQ, "t5"),
     "gpt2": (_CAUSAL, "gpt2"),
