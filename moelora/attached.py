@@ -170,7 +170,7 @@ def _before_load(
     state_dict: dict[str, Tensor],
     prefix: str,
     _local_metadata: dict[str, Any],
-    strict: bool,  # noqa: FBT001 - the signature is torch's
+    _strict: bool,  # noqa: FBT001 - the signature is torch's
     _missing_keys: list[str],
     _unexpected_keys: list[str],
     _error_msgs: list[str],
@@ -188,11 +188,17 @@ def _before_load(
                 stacklevel=2,
             )
         return
-    if not keys and strict:
-        own = router.state_dict()
-        if own:
-            warnings.warn(
-                "The state dict holds no router (an older checkpoint); the attached one is kept.",
-                stacklevel=2,
-            )
-        state_dict.update({own_prefix + key: value for key, value in own.items()})
+    if keys or not _is_whole_model(state_dict, prefix):
+        return
+    own = router.state_dict()
+    if own:
+        warnings.warn(
+            "The state dict holds no router (an older checkpoint); the attached one is kept.",
+            stacklevel=2,
+        )
+    state_dict.update({own_prefix + key: value for key, value in own.items()})
+
+
+def _is_whole_model(state_dict: dict[str, Tensor], prefix: str) -> bool:
+    """Whether a state dict is a model's: one of an adapter alone has no base weights."""
+    return any(key.startswith(f"{prefix}model.") and ".lora_" not in key for key in state_dict)

@@ -1,4 +1,4 @@
-"""A router of the user's own on any LoRA model: attach, ask, route by it, keep it in state dicts."""
+"""A router of the user's own on any LoRA model: attach, ask, state dicts, training, copies."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import io
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,12 +19,12 @@ from peft import (
     inject_adapter_in_model,
 )
 from peft.tuners.lora import LoraModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import DynamicCache, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import moelora
 from moelora import (
-    MergeError,
     MoELoraConfig,
     Router,
     RoutingWeightsError,
@@ -32,8 +33,6 @@ from moelora import (
 from tests.lm import (
     assert_same_snapshot,
     captured_inputs,
-    checkpoint_blocks,
-    gradients_of,
     lora_config,
     mixture,
     mixture_config,
@@ -41,13 +40,11 @@ from tests.lm import (
     router_parameters,
     snapshot,
     tiny_llama,
-    tiny_t5,
     token_ids,
     trainable,
     two_loras,
 )
 from tests.models import unchecked_types
-from tests.test_generation import generated, left_padded
 from tests.tolerances import assert_close, assert_equal
 
 AUTOMATIC = mixture_config(num_experts=2, top_k_experts=1)
@@ -92,17 +89,6 @@ def automatic(router: nn.Module | None = None) -> PeftModel:
     model = two_loras().eval()
     model.attach_router(router or Linear(), AUTOMATIC)
     return model
-
-
-def by_hand(model: PeftModel, router: nn.Module, ids: Tensor, **kwargs: Any) -> Tensor:
-    """Logits with explicit weights that ``router`` gives for a base model of its own."""
-    with torch.no_grad():
-        hidden = tiny_llama().eval().model(ids, **kwargs).last_hidden_state
-    weights = router(hidden)
-    plain = copy.deepcopy(model)
-    plain.detach_router()
-    logits: Tensor = plain(ids, routing_weights=weights, **kwargs).logits
-    return logits
 
 
 def hidden_states() -> Tensor:
@@ -173,7 +159,7 @@ def test_a_replaced_router_routes_no_longer() -> None:
     second = Linear()
     with pytest.warns(UserWarning, match="router"):
         model.attach_router(second, AUTOMATIC)
-    assert_close(model(token_ids()).logits, by_hand(model, second, token_ids()))
+    assert_equal(model(token_ids()).logits, automatic(second)(token_ids()).logits)
 
 
 def test_a_router_without_config_routes_no_forward() -> None:
@@ -330,226 +316,6 @@ def test_a_router_of_another_width_is_refused_with_a_name() -> None:
         model(token_ids())
 
 
-# Automatic routing -----------------------------------------------------------------------------
-
-ROUTERS: dict[str, Callable[[], nn.Module]] = {
-    "of the user": Linear,
-    "ours": lambda: Router(16, 2, top_k=1).double(),
-    "ours, deep": lambda: Router(16, 2, hidden_size=5).double(),
-    "per sample": lambda: Returning(lambda x: x.mean(1)[:, :2]),
-    "of any sign": lambda: Returning(lambda x: x[..., :2]),
-}
-
-
-@pytest.mark.parametrize("kind", ROUTERS)
-def test_automatic_routing_equals_weights_from_the_bare_base(kind: str) -> None:
-    router = ROUTERS[kind]()
-    model = automatic(router)
-    assert_close(model(token_ids()).logits, by_hand(model, router, token_ids()))
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_automatic_routing_sees_the_padding_mask(side: str) -> None:
-    router = Linear()
-    model = automatic(router)
-    mask = torch.ones(2, 7, dtype=torch.long)
-    mask[1, slice(0, 3) if side == "left" else slice(4, 7)] = 0
-    expected = by_hand(model, router, token_ids(), attention_mask=mask)
-    assert_close(model(token_ids(), attention_mask=mask).logits, expected)
-
-
-def test_automatic_routing_gives_the_router_the_gradient_of_explicit_weights() -> None:
-    model = two_loras().train()
-    router = Linear()
-    model.attach_router(router, AUTOMATIC)
-    expected = copy.deepcopy(model)
-    model(token_ids()).logits.square().mean().backward()
-    by_hand_logits = _training_by_hand(expected)
-    by_hand_logits.square().mean().backward()
-    assert_close(gradients_of(model), gradients_of(expected))
-    assert router.map.weight.grad is not None
-
-
-def _training_by_hand(model: PeftModel) -> Tensor:
-    with torch.no_grad():
-        hidden = tiny_llama().model(token_ids()).last_hidden_state
-    logits: Tensor = model(token_ids(), routing_weights=model.get_routing_weights(hidden)).logits
-    return logits
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_automatic_routing_has_the_same_gradients_under_checkpointing(use_reentrant: bool) -> None:
-    model = two_loras().train()
-    model.attach_router(Linear(), AUTOMATIC)
-    other = copy.deepcopy(model)
-    other.enable_input_require_grads()
-    checkpoint_blocks(other, use_reentrant=use_reentrant)
-    for each in (model, other):
-        each(input_ids=token_ids(), labels=token_ids()).loss.backward()
-    assert_close(gradients_of(other), gradients_of(model))
-
-
-def test_the_users_weights_win() -> None:
-    model = automatic()
-    weights = torch.randn(2, 7, 2, dtype=torch.float64)
-    expected = two_loras().eval()(token_ids(), routing_weights=weights).logits
-    calls: list[int] = []
-    model.router.register_forward_hook(lambda *_: calls.append(1))
-    assert_equal(model(token_ids(), routing_weights=weights).logits, expected)
-    assert not calls
-
-
-def test_the_users_weights_win_in_generation() -> None:
-    model = automatic()
-    weights = torch.tensor([3.0, -2.0], dtype=torch.float64)
-    plain = two_loras().eval()
-    assert_equal(
-        generated(model, token_ids(), routing_weights=weights),
-        generated(plain, token_ids(), routing_weights=weights),
-    )
-
-
-def test_an_attached_router_comes_before_the_routers_of_a_mixture() -> None:
-    model = mixture().eval()
-    router = Linear(3)
-    model.attach_router(router, mixture_config())
-    assert_close(model(token_ids()).logits, by_hand(model, router, token_ids()))
-
-
-def test_disabled_adapters_give_the_base_in_one_pass() -> None:
-    model = automatic()
-    calls: list[int] = []
-    model.router.register_forward_hook(lambda *_: calls.append(1))
-    with model.disable_adapter():
-        found = model(token_ids()).logits
-    assert_equal(found, tiny_llama().eval()(token_ids()).logits)
-    assert not calls
-
-
-def test_other_active_adapters_than_the_router_knows_are_refused_by_name() -> None:
-    model = automatic()
-    model.set_adapter("first")
-    with pytest.raises(RoutingWeightsError, match="E=1.*first"):
-        model(token_ids())
-
-
-def test_the_weights_follow_the_order_of_active_adapters() -> None:
-    router = Linear()
-    model = automatic(router)
-    expected = model(token_ids()).logits
-    with torch.no_grad():
-        router.map.weight.copy_(router.map.weight.flip(0))
-        router.map.bias.copy_(router.map.bias.flip(0))
-    model.base_model.set_adapter(["second", "first"])
-    assert_close(model(token_ids()).logits, expected)
-
-
-def test_merged_adapters_are_not_routed_in_silence() -> None:
-    model = automatic()
-    with pytest.raises((MergeError, RoutingWeightsError), match="merge"):
-        model.merge_adapter()
-        model(token_ids())
-
-
-def test_merging_for_good_does_not_drop_the_routing_in_silence() -> None:
-    model = automatic()
-    with pytest.raises(MergeError, match="rout"):
-        model.merge_and_unload()
-
-
-def test_adapter_names_and_automatic_routing_together_are_refused() -> None:
-    model = automatic()
-    with pytest.raises(RoutingWeightsError, match="adapter_names"):
-        model(input_ids=token_ids(), adapter_names=["first", "second"])
-
-
-def test_an_encoder_decoder_is_refused_with_a_reason_and_takes_what_the_router_gives() -> None:
-    config = lora_config(target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
-    model = get_peft_model(tiny_t5(), config).eval()
-    inputs = {"input_ids": token_ids(), "decoder_input_ids": token_ids(2, 3)}
-    model.attach_router(Returning(lambda x: x[:, 0, :1]), AUTOMATIC)
-    with pytest.raises((RoutingWeightsError, UnsupportedLayerError), match="hidden|encoder"):
-        model(**inputs)
-    weights = model.get_routing_weights(hidden_states())
-    assert model(**inputs, routing_weights=weights).logits.shape[:2] == (2, 3)
-
-
-# Generation ------------------------------------------------------------------------------------
-
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "greedy": {},
-    "beams": {"num_beams": 3},
-    "beams returned": {"num_beams": 3, "num_return_sequences": 2},
-}
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_kv_cache_changes_no_token(strategy: str) -> None:
-    model = automatic(Returning(lambda x: x[..., :2]))
-    options = STRATEGIES[strategy]
-    cached = generated(model, token_ids(), use_cache=True, **options)
-    assert_equal(cached, generated(model, token_ids(), use_cache=False, **options))
-
-
-def test_a_static_cache_changes_no_token() -> None:
-    model = automatic(Returning(lambda x: x[..., :2]))
-    expected = generated(model, token_ids(), use_cache=False)
-    for _ in range(2):
-        assert_equal(generated(model, token_ids(), cache_implementation="static"), expected)
-
-
-def test_left_padded_rows_generate_as_they_do_alone() -> None:
-    model = automatic(Returning(lambda x: x[..., :2]))
-    ids, mask = left_padded([7, 4])
-    found = generated(model, ids, attention_mask=mask)
-    for row, length in enumerate([7, 4]):
-        alone = generated(model, ids[row : row + 1, -length:])
-        assert_equal(found[row : row + 1, -alone.shape[1] :], alone)
-
-
-def test_routing_changes_what_is_generated() -> None:
-    model = automatic(Returning(lambda x: x[..., :2] * 3))
-    assert not torch.equal(generated(model, token_ids()), generated(two_loras(), token_ids()))
-
-
-def test_a_decoding_step_costs_one_token_twice() -> None:
-    model = automatic()
-    lengths: list[int] = []
-    model.get_base_model().model.embed_tokens.register_forward_pre_hook(
-        lambda _, args: lengths.append(args[0].shape[1])
-    )
-    generated(model, token_ids(), max_new_tokens=3)
-    assert lengths == [7, 7, 1, 1, 1, 1]
-
-
-def test_the_first_pass_has_no_gradient_and_no_adapters() -> None:
-    model = automatic().train()
-    flags: list[bool] = []
-    norm = model.get_base_model().model.norm
-    norm.register_forward_hook(lambda _, __, output: flags.append(output.requires_grad))
-    seen: list[Tensor] = []
-    model.router.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    model(token_ids())
-    assert flags == [False, True]
-    assert_equal(seen[0], tiny_llama().model(token_ids()).last_hidden_state.detach())
-
-
-def test_a_cache_filled_without_the_router_is_refused() -> None:
-    model = two_loras().eval()
-    cache = model(token_ids(), past_key_values=DynamicCache()).past_key_values
-    model.attach_router(Linear(), AUTOMATIC)
-    with pytest.raises(RoutingWeightsError, match="KV cache"):
-        model(token_ids(2, 1), past_key_values=cache)
-
-
-def test_chunks_of_a_prompt_equal_the_whole() -> None:
-    model, ids = automatic(), token_ids()
-    whole = model(ids, use_cache=False).logits
-    first = model(ids[:, :4], use_cache=True)
-    second = model(ids[:, 4:], past_key_values=first.past_key_values)
-    assert_close(torch.cat([first.logits, second.logits], 1), whole, dtype=torch.float32)
-
-
 # State dicts -----------------------------------------------------------------------------------
 
 
@@ -580,7 +346,8 @@ def test_a_state_dict_without_a_router_loads_strictly_with_a_warning(level: str)
     with pytest.warns(UserWarning, match="older checkpoint"):
         target.load_state_dict(source.state_dict(), strict=True)
     assert_equal(list(model.router.parameters()), kept)
-    assert_equal(list(old.state_dict().values())[0], list(model.state_dict().values())[0])
+    model.detach_router()
+    assert_equal(list(model.state_dict().values()), list(old.state_dict().values()))
 
 
 def test_a_state_dict_with_half_a_router_is_refused() -> None:
@@ -669,24 +436,78 @@ def test_a_base_with_a_part_named_router_loses_no_adapter_tensor() -> None:
 # Training, copies, unloading -------------------------------------------------------------------
 
 
-def test_a_trainer_trains_router_and_adapters(tmp_path: Any) -> None:
-    model = two_loras(tiny_llama(dtype=torch.float32))
-    model.attach_router(Linear().float(), AUTOMATIC)
-    before = {name: p.clone() for name, p in trainable(model).items()}
+class Gates(nn.Module):
+    """A gate per expert, so that one expert's router learns too."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.map = nn.Linear(16, experts)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        weights: Tensor = self.map(hidden_states).sigmoid()
+        return weights
+
+
+def gated(kind: str, *, seed: int) -> PeftModel:
+    """A float32 model of one adapter, and its router; the seed draws both."""
+    base = tiny_llama(dtype=torch.float32)
+    plain = kind == "plain"
+    model = get_peft_model(base, lora_config()) if plain else mixture(base, name="skill")
+    perturb(model, seed=seed)
+    torch.manual_seed(seed)
+    model.attach_router(Gates(1 if plain else 3), mixture_config())
+    return model
+
+
+def trainer(model: PeftModel, folder: Path, **options: Any) -> Trainer:
     rows = [{"input_ids": ids, "labels": ids} for ids in token_ids(4)]
     arguments = TrainingArguments(
-        output_dir=str(tmp_path),
+        output_dir=str(folder),
         max_steps=2,
-        learning_rate=0.1,
+        learning_rate=0.05,
         per_device_train_batch_size=2,
         report_to=[],
-        save_strategy="no",
+        save_steps=1,
         use_cpu=True,
         disable_tqdm=True,
+        **options,
     )
-    Trainer(model=model, args=arguments, train_dataset=rows).train()
+    return Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:2])
+
+
+def test_a_trainer_trains_router_and_adapters(tmp_path: Path) -> None:
+    model = gated("plain", seed=1)
+    before = {name: p.clone() for name, p in trainable(model).items()}
+    trainer(model, tmp_path).train()
     assert "base_model.router.map.weight" in before
     assert [n for n, p in trainable(model).items() if torch.equal(p, before[n])] == []
+
+
+@pytest.mark.parametrize("kind", ["plain", "mixture"])
+def test_a_resumed_training_goes_on_as_if_it_had_not_stopped(kind: str, tmp_path: Path) -> None:
+    model, resumed = gated(kind, seed=1), gated(kind, seed=2)
+    trainer(model, tmp_path).train()
+    checkpoint = str(tmp_path / "checkpoint-1")
+    trainer(resumed, tmp_path / "resumed").train(resume_from_checkpoint=checkpoint)
+    assert_close(list(trainable(resumed).values()), list(trainable(model).values()))
+
+
+def test_the_best_model_has_its_router(tmp_path: Path) -> None:
+    model = gated("plain", seed=1)
+    # by this measure the first is the best
+    options = {"metric_for_best_model": "loss", "greater_is_better": True}
+    training = trainer(
+        model,
+        tmp_path,
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        eval_steps=1,
+        **options,
+    )
+    training.train()
+    assert Path(training.state.best_model_checkpoint).name == "checkpoint-1"
+    saved = load_file(tmp_path / "checkpoint-1" / "router.safetensors")
+    assert_equal(model.router.map.weight.detach(), saved["map.weight"])
 
 
 def test_adding_an_adapter_leaves_the_router_trainable() -> None:

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from moelora import RoutingWeightsError, UnsupportedLayerError, record_routing, top_k_routing
+from moelora import (
+    MergeError,
+    Router,
+    RoutingWeightsError,
+    UnsupportedLayerError,
+    record_routing,
+    top_k_routing,
+)
 from tests.lm import (
+    checkpoint_blocks,
     gradients_of,
     lora_config,
     mixture,
+    mixture_config,
     perturb,
     router_parameters,
     tiny_llama,
+    tiny_t5,
     token_ids,
+    two_loras,
 )
+from tests.test_attached import AUTOMATIC, Linear, Returning, automatic, hidden_states
+from tests.test_generation import generated, left_padded
 from tests.tolerances import assert_close, assert_equal
 
 
@@ -256,3 +270,239 @@ def test_a_model_without_final_hidden_states_is_refused() -> None:
         mixture(base, target_modules=["linear"], task_type=None, router_scope="model")(
             torch.randn(2, 3, 4)
         )
+
+
+# By an attached router ------------------------------------------------------------------------
+
+
+def by_hand(model: PeftModel, router: nn.Module, ids: Tensor, **kwargs: Any) -> Tensor:
+    """Logits with explicit weights that ``router`` gives for a base model of its own."""
+    with torch.no_grad():
+        hidden = tiny_llama().eval().model(ids, **kwargs).last_hidden_state
+    weights = router(hidden)
+    plain = copy.deepcopy(model)
+    plain.detach_router()
+    logits: Tensor = plain(ids, routing_weights=weights, **kwargs).logits
+    return logits
+
+
+ROUTERS: dict[str, Callable[[], nn.Module]] = {
+    "of the user": Linear,
+    "ours": lambda: Router(16, 2, top_k=1).double(),
+    "ours, deep": lambda: Router(16, 2, hidden_size=5).double(),
+    "per sample": lambda: Returning(lambda x: x.mean(1)[:, :2]),
+    "of any sign": lambda: Returning(lambda x: x[..., :2]),
+}
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_automatic_routing_equals_weights_from_the_bare_base(kind: str) -> None:
+    router = ROUTERS[kind]()
+    model = automatic(router)
+    assert_close(model(token_ids()).logits, by_hand(model, router, token_ids()))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_automatic_routing_sees_the_padding_mask(side: str) -> None:
+    router = Linear()
+    model = automatic(router)
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[1, slice(0, 3) if side == "left" else slice(4, 7)] = 0
+    expected = by_hand(model, router, token_ids(), attention_mask=mask)
+    assert_close(model(token_ids(), attention_mask=mask).logits, expected)
+
+
+def test_automatic_routing_gives_the_router_the_gradient_of_explicit_weights() -> None:
+    model = two_loras().train()
+    router = Linear()
+    model.attach_router(router, AUTOMATIC)
+    expected = copy.deepcopy(model)
+    model(token_ids()).logits.square().mean().backward()
+    by_hand_logits = _training_by_hand(expected)
+    by_hand_logits.square().mean().backward()
+    assert_close(gradients_of(model), gradients_of(expected))
+    assert router.map.weight.grad is not None
+
+
+def _training_by_hand(model: PeftModel) -> Tensor:
+    with torch.no_grad():
+        hidden = tiny_llama().model(token_ids()).last_hidden_state
+    logits: Tensor = model(token_ids(), routing_weights=model.get_routing_weights(hidden)).logits
+    return logits
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_automatic_routing_has_the_same_gradients_under_checkpointing(use_reentrant: bool) -> None:
+    model = two_loras().train()
+    model.attach_router(Linear(), AUTOMATIC)
+    other = copy.deepcopy(model)
+    other.enable_input_require_grads()
+    checkpoint_blocks(other, use_reentrant=use_reentrant)
+    for each in (model, other):
+        each(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    assert_close(gradients_of(other), gradients_of(model))
+
+
+def test_the_users_weights_win() -> None:
+    model = automatic()
+    weights = torch.randn(2, 7, 2, dtype=torch.float64)
+    expected = two_loras().eval()(token_ids(), routing_weights=weights).logits
+    calls: list[int] = []
+    model.router.register_forward_hook(lambda *_: calls.append(1))
+    assert_equal(model(token_ids(), routing_weights=weights).logits, expected)
+    assert not calls
+
+
+def test_the_users_weights_win_in_generation() -> None:
+    model = automatic()
+    weights = torch.tensor([3.0, -2.0], dtype=torch.float64)
+    plain = two_loras().eval()
+    assert_equal(
+        generated(model, token_ids(), routing_weights=weights),
+        generated(plain, token_ids(), routing_weights=weights),
+    )
+
+
+def test_an_attached_router_comes_before_the_routers_of_a_mixture() -> None:
+    model = mixture().eval()
+    router = Linear(3)
+    model.attach_router(router, mixture_config())
+    assert_close(model(token_ids()).logits, by_hand(model, router, token_ids()))
+
+
+def test_disabled_adapters_give_the_base_in_one_pass() -> None:
+    model = automatic()
+    calls: list[int] = []
+    model.router.register_forward_hook(lambda *_: calls.append(1))
+    with model.disable_adapter():
+        found = model(token_ids()).logits
+    assert_equal(found, tiny_llama().eval()(token_ids()).logits)
+    assert not calls
+
+
+def test_other_active_adapters_than_the_router_knows_are_refused_by_name() -> None:
+    model = automatic()
+    model.set_adapter("first")
+    with pytest.raises(RoutingWeightsError, match="E=1.*first"):
+        model(token_ids())
+
+
+def test_the_weights_follow_the_order_of_active_adapters() -> None:
+    router = Linear()
+    model = automatic(router)
+    expected = model(token_ids()).logits
+    with torch.no_grad():
+        router.map.weight.copy_(router.map.weight.flip(0))
+        router.map.bias.copy_(router.map.bias.flip(0))
+    model.base_model.set_adapter(["second", "first"])
+    assert_close(model(token_ids()).logits, expected)
+
+
+def test_merged_adapters_are_not_routed_in_silence() -> None:
+    model = automatic()
+
+    def merge_and_call() -> None:
+        model.merge_adapter()
+        model(token_ids())
+
+    with pytest.raises((MergeError, RoutingWeightsError), match="merge"):
+        merge_and_call()
+
+
+def test_merging_for_good_does_not_drop_the_routing_in_silence() -> None:
+    model = automatic()
+    with pytest.raises(MergeError, match="rout"):
+        model.merge_and_unload()
+
+
+def test_adapter_names_and_automatic_routing_together_are_refused() -> None:
+    model = automatic()
+    with pytest.raises(RoutingWeightsError, match="adapter_names"):
+        model(input_ids=token_ids(), adapter_names=["first", "second"])
+
+
+def test_an_encoder_decoder_is_refused_with_a_reason_and_takes_what_the_router_gives() -> None:
+    config = lora_config(target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
+    model = get_peft_model(tiny_t5(), config).eval()
+    inputs = {"input_ids": token_ids(), "decoder_input_ids": token_ids(2, 3)}
+    model.attach_router(Returning(lambda x: x[:, 0, :1]), AUTOMATIC)
+    with pytest.raises((RoutingWeightsError, UnsupportedLayerError), match="hidden|encoder"):
+        model(**inputs)
+    weights = model.get_routing_weights(hidden_states())
+    assert model(**inputs, routing_weights=weights).logits.shape[:2] == (2, 3)
+
+
+# Generation by an attached router --------------------------------------------------------------
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "beams returned": {"num_beams": 3, "num_return_sequences": 2},
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_kv_cache_changes_no_token_of_an_attached_router(strategy: str) -> None:
+    model = automatic(Returning(lambda x: x[..., :2]))
+    options = STRATEGIES[strategy]
+    cached = generated(model, token_ids(), use_cache=True, **options)
+    assert_equal(cached, generated(model, token_ids(), use_cache=False, **options))
+
+
+def test_a_static_cache_changes_no_token() -> None:
+    model = automatic(Returning(lambda x: x[..., :2]))
+    expected = generated(model, token_ids(), use_cache=False)
+    for _ in range(2):
+        assert_equal(generated(model, token_ids(), cache_implementation="static"), expected)
+
+
+def test_left_padded_rows_generate_as_they_do_alone() -> None:
+    model = automatic(Returning(lambda x: x[..., :2]))
+    ids, mask = left_padded([7, 4])
+    found = generated(model, ids, attention_mask=mask)
+    for row, length in enumerate([7, 4]):
+        alone = generated(model, ids[row : row + 1, -length:])
+        assert_equal(found[row : row + 1, -alone.shape[1] :], alone)
+
+
+def test_routing_changes_what_is_generated() -> None:
+    model = automatic(Returning(lambda x: x[..., :2] * 3))
+    assert not torch.equal(generated(model, token_ids()), generated(two_loras(), token_ids()))
+
+
+def test_a_decoding_step_with_an_attached_router_costs_one_token_twice() -> None:
+    model = automatic()
+    lengths: list[int] = []
+    model.get_base_model().model.embed_tokens.register_forward_pre_hook(
+        lambda _, args: lengths.append(args[0].shape[1])
+    )
+    generated(model, token_ids(), max_new_tokens=3)
+    assert lengths == [7, 7, 1, 1, 1, 1]
+
+
+def test_the_pass_for_an_attached_router_has_no_gradient_and_no_adapters() -> None:
+    model = automatic().train()
+    flags: list[bool] = []
+    norm = model.get_base_model().model.norm
+    norm.register_forward_hook(lambda _, __, output: flags.append(output.requires_grad))
+    seen: list[Tensor] = []
+    model.router.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(token_ids())
+    assert flags == [False, True]
+    assert_equal(seen[0], tiny_llama().model(token_ids()).last_hidden_state.detach())
+
+
+def test_a_cache_filled_before_the_router_was_attached_is_refused() -> None:
+    model = two_loras().eval()
+    cache = model(token_ids(), past_key_values=DynamicCache()).past_key_values
+    model.attach_router(Linear(), AUTOMATIC)
+    with pytest.raises(RoutingWeightsError, match="KV cache"):
+        model(token_ids(2, 1), past_key_values=cache)
+
+
+def test_chunks_of_a_prompt_equal_the_whole() -> None:
+    model, ids = automatic(), token_ids()
+    whole = model(ids, use_cache=False).logits
+    first = model(ids[:, :4], use_cache=True)
+    second = model(ids[:, 4:], past_key_values=first.past_key_values)
+    assert_close(torch.cat([first.logits, second.logits], 1), whole, dtype=torch.float32)

@@ -42,7 +42,9 @@ class Kind:
         """The names of :meth:`model`'s adapters."""
         return list(LORAS) if self.explicit else ["default"]
 
-    def arguments(self, experts: int = len(LORAS), rows: int = 2, length: int = 7) -> dict[str, Any]:
+    def arguments(
+        self, experts: int = len(LORAS), rows: int = 2, length: int = 7
+    ) -> dict[str, Any]:
         """Explicit weights of either sign per token; nothing for a mixture, which routes itself."""
         if not self.explicit:
             return {}
