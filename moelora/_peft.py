@@ -31,7 +31,13 @@ from peft.tuners.lora.layer import (
 from peft.tuners.lora.layer import _ConvNd as ConvLayer
 from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import (
+    CONFIG_NAME,
+    SAFETENSORS_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    PeftType,
+    hotswap,
+)
 from peft.utils.other import _get_submodules as get_submodules
 from transformers import PreTrainedModel
 
@@ -168,7 +174,7 @@ def _restore(owner: Any, name: str, own: Any) -> None:
 
 def _register() -> None:
     """Make the config known: by its type on disk, and by name in PEFT's public modules."""
-    from moelora.config import DISK_PEFT_TYPE, MoELoraConfig
+    from moelora.config import DISK_PEFT_TYPE, ROUTING_FIELDS, MoELoraConfig
 
     registries: tuple[tuple[dict[Any, Any], type], ...] = (
         (PEFT_TYPE_TO_CONFIG_MAPPING, MoELoraConfig),
@@ -177,6 +183,11 @@ def _register() -> None:
     for registry, value in registries:
         registry[DISK_PEFT_TYPE] = value
         _undo.append(functools.partial(registry.pop, DISK_PEFT_TYPE, None))
+    # what has to agree before one mixture is swapped for another in place
+    keys = hotswap.CONFIG_KEYS_TO_CHECK
+    before = keys[PeftType.LORA]
+    keys[PeftType.LORA] = [*before, "num_experts", *ROUTING_FIELDS]
+    _undo.append(functools.partial(keys.__setitem__, PeftType.LORA, before))
     for module in (peft, peft.tuners, peft.tuners.lora):
         vars(module)["MoELoraConfig"] = MoELoraConfig
         _undo.append(functools.partial(delattr, module, "MoELoraConfig"))
@@ -197,6 +208,11 @@ def _patches() -> Iterator[_Patch]:
         "_unload_and_optionally_merge": (mixture.unload_and_optionally_merge, None),
         "merge_adapter": (mixture.merge_adapter, None),
         "add_weighted_adapter": (mixture.add_weighted_adapter, ("self", "adapters", "weights")),
+        "subtract_mutated_init": (
+            mixture.subtract_mutated_init,
+            ("self", "output_state_dict", "adapter_name"),
+        ),
+        "supports_lora_conversion": (mixture.supports_lora_conversion, None),
     }
     for name, (replacement, parameters) in lora_model.items():
         yield _Patch(LoraModel, name, functools.partial(_method, replacement), parameters)
@@ -230,6 +246,9 @@ def _patches() -> Iterator[_Patch]:
     callers: tuple[type, ...] = (PeftModel, PeftMixedModel, BaseTuner)
     for owner in callers:
         yield _Patch(owner, "__call__", functools.partial(_method, model.call_with_routing), None)
+    make = functools.partial(_method, checkpoint.hotswap_adapter_from_state_dict)
+    parameters = ("model", "state_dict", "adapter_name", "config")
+    yield _Patch(hotswap, "hotswap_adapter_from_state_dict", make, parameters)
     make = functools.partial(_method, mixture.check_mixed_config)
     yield _Patch(MixedModel, "_check_new_adapter_config", make, ("self", "config"))
     for owner in (PeftModel, *_subclasses(PeftModel)):

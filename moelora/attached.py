@@ -85,8 +85,11 @@ def attach_router(
         raise TypeError(f"moe_config must be a MoELoraConfig, got {type(moe_config).__name__}.")
     tuner = tuner_of(model)
     pending = tuner.__dict__.get(_PENDING)
-    if pending:
-        _check_pending(router_module, pending)
+    if pending and (differing := difference(router_module, pending)):
+        raise CheckpointError(
+            f"The tensors kept for this model's router do not fit {type(router_module).__name__}: "
+            f"{differing} differ. They stay kept; detach_router() drops them."
+        )
     bind(tuner.model, tuner.peft_config)
     if tuner._modules.get("router") is not None:
         warnings.warn("The model already has a router, which is replaced.", stacklevel=3)
@@ -103,17 +106,21 @@ def attach_router(
         del tuner.__dict__[_PENDING]
 
 
-def _check_pending(router: nn.Module, pending: dict[str, Tensor]) -> None:
+def difference(router: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
+    """Names of tensors that are missing, unknown, or of another shape or kind than the router's.
+
+    Args:
+        router: the module they are meant for.
+        tensors: by name, as in its ``state_dict``.
+    """
     own = router.state_dict()
-    differing = sorted(own.keys() ^ pending.keys())
-    differing += [
-        key for key in own.keys() & pending.keys() if own[key].shape != pending[key].shape
-    ]
-    if differing:
-        raise CheckpointError(
-            f"The tensors kept for this model's router do not fit {type(router).__name__}: "
-            f"{differing} differ. They stay kept; detach_router() drops them."
-        )
+    shared = own.keys() & tensors.keys()
+    return sorted(own.keys() ^ tensors.keys()) + sorted(
+        key
+        for key in shared
+        if own[key].shape != tensors[key].shape
+        or own[key].is_floating_point() != tensors[key].is_floating_point()
+    )
 
 
 def detach_router(model: Any) -> nn.Module | None:
@@ -147,6 +154,13 @@ def get_routing_weights(model: Any, hidden_states: Tensor) -> Tensor | None:
 def keep_for_later(model: Any, tensors: dict[str, Tensor]) -> None:
     """Keep a router's tensors until :func:`attach_router` is called."""
     tuner_of(model).__dict__[_PENDING] = tensors
+
+
+def kept_for_later(model: Any) -> dict[str, Tensor] | None:
+    """The tensors of a router that waits for :func:`attach_router`, or None."""
+    tuner = _inner(model)
+    kept: dict[str, Tensor] | None = None if tuner is None else tuner.__dict__.get(_PENDING)
+    return kept
 
 
 def _first_adapted_device(tuner: Any) -> torch.device | None:

@@ -7,7 +7,6 @@ safetensors and JSON are read.
 """
 
 import inspect
-import json
 import os
 import shutil
 import tempfile
@@ -17,32 +16,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from moelora import _peft
+from moelora.adapter_folder import (
+    ROUTER_KEY,
+    Locator,
+    attached_file,
+    check_folder,
+    hub_arguments,
+    read_shapes,
+)
 from moelora.attached import get_router
 from moelora.attached_file import (
     check_attached,
-    is_attached_file,
+    check_no_stale_attached,
+    has_attached,
     restore_attached,
     save_attached,
 )
-from moelora.config import DISK_PEFT_TYPE, MoELoraConfig
-from moelora.errors import CheckpointError
+from moelora.binding import base_of
+from moelora.config import MoELoraConfig
+from moelora.errors import CheckpointError, MergeError
+from moelora.mixture import no_conversion
 from moelora.model_card import add_to_model_card
 from moelora.rollback import unchanged_on_error
-from moelora.router_file import (
-    MIXTURE,
-    ROUTER_FILE,
-    read_router_file,
-    read_tensors,
-    write_router_file,
-)
+from moelora.router_file import MIXTURE, ROUTER_FILE, read_tensors, write_router_file
 
-_ROUTER_KEY = ".lora_router."
+_GIVEN_ROUTER = "_moelora_given_router"
 
 
 # The adapter's tensors in and out of the model -----------------------------------------------
@@ -145,7 +146,7 @@ def _check_tensors(model: nn.Module, adapter_name: str, loaded: dict[str, Tensor
     expected = _adapter_keys(model, adapter_name)
     missing = [key for key in expected if key not in loaded]
     if missing:
-        kind = "router" if any(_ROUTER_KEY in key for key in missing) else "adapter"
+        kind = "router" if any(ROUTER_KEY in key for key in missing) else "adapter"
         raise CheckpointError(
             f"The checkpoint of mixture {adapter_name!r} lacks {len(missing)} {kind} tensors, e.g. "
             f"{missing[0]!r}. A missing router is not replaced by a random one."
@@ -185,11 +186,13 @@ def save_pretrained(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    """Save as PEFT does, then write each mixture's router beside its adapter.
+    """Save as PEFT does, with each mixture's router beside its adapter.
+
+    All is checked before anything is written, and written before anything is replaced.
 
     Raises:
-        CheckpointError: if pickle files are asked for, or a fixed mixture would be saved beside
-            another mixture's router; nothing is written then.
+        CheckpointError: if something else is in the way, or asked for, than can be saved.
+        MergeError: if a mixture is to be converted by subtracting its initial values.
     """
     call = inspect.signature(original).bind(model, save_directory, *args, **kwargs)
     call.apply_defaults()
@@ -197,21 +200,10 @@ def save_pretrained(
     names = list(model.peft_config) if selected is None else list(selected)
     configs = {name: model.peft_config[name] for name in names if name in model.peft_config}
     mixtures = {n: c for n, c in configs.items() if isinstance(c, MoELoraConfig)}
-    for name in mixtures:
-        if not call.arguments["safe_serialization"]:
-            raise CheckpointError(
-                f"Mixture {name!r} is saved as safetensors only, got safe_serialization=False: "
-                "pickle files can run code when they are loaded."
-            )
-        check_folder_name(name)
-    attached = get_router(model) is not None
-    if attached:
-        check_attached(model, Path(save_directory), mixtures)
-    for name, config in configs.items():
-        folder = _folder(save_directory, name)
-        replaced = attached and folder == Path(save_directory)
-        if not replaced and (name not in mixtures or not config.has_router):
-            _check_no_stale_router(name, folder)
+    attached = has_attached(model)
+    if mixtures:
+        _check_mixtures(mixtures, call.arguments)
+    _check_places(model, Path(save_directory), configs)
     if not call.arguments["is_main_process"] or not (mixtures or attached):
         original(model, save_directory, *args, **kwargs)
         return
@@ -221,8 +213,46 @@ def save_pretrained(
             if config.has_router:
                 _write_router(_folder(folder, name), name, config)
         if attached:
-            save_attached(model, folder)
+            save_attached(model, folder, call.arguments["kwargs"].get("state_dict"))
         add_to_model_card(folder, mixtures)
+
+
+def _check_mixtures(mixtures: dict[str, MoELoraConfig], arguments: dict[str, Any]) -> None:
+    """Refuse what a mixture cannot be saved as.
+
+    Raises:
+        CheckpointError: for pickle files, and for names that are no folder names.
+        MergeError: for a conversion that subtracts initial values.
+    """
+    first = next(iter(mixtures))
+    if not arguments["safe_serialization"]:
+        raise CheckpointError(
+            f"Mixture {first!r} is saved as safetensors only, got safe_serialization=False: "
+            "pickle files can run code when they are loaded."
+        )
+    if arguments["path_initial_model_for_weight_conversion"] is not None:
+        raise MergeError(no_conversion(first))
+    for name in mixtures:
+        check_folder_name(name)
+
+
+def _check_places(model: Any, root: Path, configs: dict[str, Any]) -> None:
+    """Refuse to leave a router of others beside adapters that have none.
+
+    Raises:
+        CheckpointError: naming the file that is there.
+    """
+    attached = has_attached(model)
+    mixtures = {n: c for n, c in configs.items() if isinstance(c, MoELoraConfig)}
+    if attached:
+        check_attached(model, root, mixtures)
+    else:
+        check_no_stale_attached(root)
+    for name, config in configs.items():
+        folder = _folder(root, name)
+        has_router = name in mixtures and config.has_router
+        if not has_router and not (attached and folder == root):
+            _check_no_stale_router(name, folder)
 
 
 @contextmanager
@@ -248,7 +278,7 @@ def _written_whole(target: Path) -> Iterator[Path]:
 
 def _write_router(folder: Path, name: str, config: MoELoraConfig) -> None:
     """Copy the router out of the adapter file just written, so that both agree to the bit."""
-    tensors = read_tensors(folder / _peft.SAFETENSORS_WEIGHTS_NAME, only=_ROUTER_KEY)
+    tensors = read_tensors(folder / _peft.SAFETENSORS_WEIGHTS_NAME, only=ROUTER_KEY)
     experts = [f"{name}.{index}" for index in range(config.num_experts)]
     write_router_file(folder, tensors, kind=MIXTURE, experts=experts)
 
@@ -295,10 +325,18 @@ def load_adapter(
     Raises:
         CheckpointError: if a file of a mixture is missing, damaged or contradicts another.
     """
-    if not check_folder(model_id, **_hub_arguments(kwargs)):
+    call = inspect.signature(original).bind(model, model_id, adapter_name, *args, **kwargs)
+    call.apply_defaults()
+    hub = hub_arguments(call.arguments["kwargs"])
+    is_mixture = check_folder(model_id, **hub)
+    file = attached_file(model_id, **hub)
+    given = base_of(model).__dict__.get(_GIVEN_ROUTER)
+    if not is_mixture and file is None and given is None:
         return original(model, model_id, adapter_name, *args, **kwargs)
     with unchanged_on_error(model):
-        return original(model, model_id, adapter_name, *args, **kwargs)
+        result = original(model, model_id, adapter_name, *args, **kwargs)
+        restore_attached(model, file, given, is_trainable=bool(call.arguments["is_trainable"]))
+        return result
 
 
 def load_adapter_into_base(
@@ -313,12 +351,14 @@ def load_adapter_into_base(
     call = inspect.signature(original).bind(base, *args, **kwargs).arguments
     folder = call.get("peft_model_id")
     extra = {**call.get("adapter_kwargs", {}), **kwargs} if folder is not None else {}
-    if folder is None or not check_folder(folder, **_hub_arguments(extra)):
+    if folder is None or not check_folder(folder, **hub_arguments(extra)):
         return original(base, *args, **kwargs)
     with unchanged_on_error(base):
         before = set(getattr(base, "peft_config", {}))
         result = original(base, *args, **kwargs)
-        loaded = set(_read_shapes(_Locator(os.fspath(folder), **_hub_arguments(extra))))
+        locate = Locator(os.fspath(folder), **hub_arguments(extra))
+        weights_path = locate(_peft.SAFETENSORS_WEIGHTS_NAME)
+        loaded = set() if weights_path is None else set(read_shapes(weights_path))
         configs: Any = base.peft_config
         for name in set(configs) - before:
             expected = {_without_adapter(key, name) for key in _adapter_keys(base, name)}
@@ -350,177 +390,46 @@ def from_pretrained(
         CheckpointError: if a file of a mixture is missing, damaged or contradicts another.
     """
     router = kwargs.pop("router", None)
-    hub = _hub_arguments(kwargs)
-    is_mixture = check_folder(model_id, **hub)
-    file = None if is_mixture and router is None else _attached_file(model_id, **hub)
-    if not is_mixture and router is None and file is None:
+    hub = hub_arguments(kwargs)
+    if (
+        not check_folder(model_id, **hub)
+        and router is None
+        and attached_file(model_id, **hub) is None
+    ):
         return original(cls, model, model_id, *args, **kwargs)
     with unchanged_on_error(model):
-        loaded = original(cls, model, model_id, *args, **kwargs)
-        restore_attached(loaded, file, router)
-        return loaded
+        # read by load_adapter, which PEFT calls in here and which knows no argument of ours
+        model.__dict__[_GIVEN_ROUTER] = router
+        try:
+            return original(cls, model, model_id, *args, **kwargs)
+        finally:
+            model.__dict__.pop(_GIVEN_ROUTER, None)
 
 
-def _attached_file(
-    model_id: str | os.PathLike[str], *, subfolder: str | None, hub: dict[str, Any]
-) -> Path | None:
-    """The file of a router attached over this LoRA adapter: in its folder, or one above."""
-    here = _Locator(os.fspath(model_id), subfolder, hub)
-    config_path = here(_peft.CONFIG_NAME)
-    if config_path is None or '"LORA"' not in config_path.read_text("utf-8", "replace"):
-        return None
-    above = _Locator(os.fspath(model_id), None, hub)
-    places = [here(ROUTER_FILE), here.above(ROUTER_FILE), above(ROUTER_FILE) if subfolder else None]
-    return next((path for path in places if path is not None and is_attached_file(path)), None)
-
-
-_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-
-
-def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-    return {"subfolder": kwargs.get("subfolder"), "hub": hub}
-
-
-def check_folder(
-    model_id: str | os.PathLike[str],
-    *,
-    subfolder: str | None = None,
-    hub: dict[str, Any] | None = None,
-) -> bool:
-    """Check a mixture's files; return False if the folder (or hub id) holds no mixture.
+def hotswap_adapter_from_state_dict(
+    original: Callable[..., None],
+    model: nn.Module,
+    state_dict: dict[str, Tensor],
+    adapter_name: str,
+    config: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Swap tensors in place, after holding a mixture's against those that are there.
 
     Raises:
-        CheckpointError: if a file is missing, damaged, of a newer format, or contradicts another.
+        CheckpointError: if a tensor is missing or of another shape: PEFT would fill the rest with
+            zeros, which mixes experts and empties routers.
     """
-    locate = _Locator(os.fspath(model_id), subfolder, hub or {})
-    config_path = locate(_peft.CONFIG_NAME)
-    if config_path is None:
-        return False
-    config = _read_config(config_path)
-    if config is None:
-        return False
-    weights_path = locate(_peft.SAFETENSORS_WEIGHTS_NAME)
-    if weights_path is None:
-        raise CheckpointError(
-            f"{locate.where} holds no {_peft.SAFETENSORS_WEIGHTS_NAME}. A mixture is read from "
-            "safetensors only."
-        )
-    _check_shapes(weights_path, config)
-    routers = read_tensors(weights_path, only=_ROUTER_KEY)
-    router_path = locate(ROUTER_FILE)
-    if router_path is not None:
-        _check_agreement(router_path, weights_path, routers)
-    return True
-
-
-class _Locator:
-    """Finds the files of an adapter in a local folder, else on the hub as PEFT does."""
-
-    def __init__(self, model_id: str, subfolder: str | None, hub: dict[str, Any]) -> None:
-        self.model_id = model_id
-        self.subfolder = subfolder
-        self.hub = hub
-        self.local = Path(model_id, subfolder) if subfolder else Path(model_id)
-
-    @property
-    def where(self) -> str:
-        """The folder or hub id, for messages."""
-        return str(self.local) if self.local.is_dir() else self.model_id
-
-    def above(self, filename: str) -> Path | None:
-        """Return ``filename`` in the folder above the adapter's, if that is a local one."""
-        path = self.local.parent / filename
-        return path if self.local.is_dir() and path.exists() else None
-
-    def __call__(self, filename: str) -> Path | None:
-        """Return a local path of ``filename``, or None if there is none."""
-        if self.local.is_dir():
-            path = self.local / filename
-            return path if path.exists() else None
-        try:
-            return Path(
-                hf_hub_download(self.model_id, filename, subfolder=self.subfolder, **self.hub)
-            )
-        except (EntryNotFoundError, LocalEntryNotFoundError, OSError, ValueError):
-            # neither a folder nor a repository: PEFT says so in its own words
-            return None
-
-
-def _read_config(path: Path) -> MoELoraConfig | None:
-    """The config if it is a mixture's; None for every other adapter."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(content, dict) or content.get("peft_type") != DISK_PEFT_TYPE:
-        return None
-    try:
-        config = MoELoraConfig.from_peft_type(**content)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    if not isinstance(config, MoELoraConfig):
-        raise CheckpointError(f"{path} does not describe a mixture.")
-    return config
-
-
-def _read_shapes(source: "Path | _Locator") -> dict[str, tuple[int, ...]]:
-    """The shapes of an adapter file's tensors, from its header alone."""
-    path = source if isinstance(source, Path) else source(_peft.SAFETENSORS_WEIGHTS_NAME)
-    if path is None:
-        return {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}.") from error
-
-
-def _check_shapes(path: Path, config: MoELoraConfig) -> None:
-    """Hold the file's tensors against the config, before a model is made after it."""
-    shapes = _read_shapes(path)
-    layers = {key.partition(".lora_")[0] for key in shapes if ".lora_" in key}
-    if not layers:
-        raise CheckpointError(f"{path} holds no LoRA tensors.")
-    routed = {key.partition(".lora_")[0] for key in shapes if _ROUTER_KEY in key}
-    unrouted = sorted(layers - routed) if config.router_scope == "module" else []
-    if config.has_router and (not routed or unrouted):
-        where = f"of layer {unrouted[0]!r}" if routed and unrouted else "at all"
-        raise CheckpointError(
-            f"{path} holds no router tensors {where}, but its config asks for router_type="
-            f"{config.router_type!r}. A missing router is not replaced by a random one."
-        )
-    for key, shape in shapes.items():
-        rows = _expected_rows(key, config)
-        if rows is not None and (not shape or shape[0] != rows):
-            raise CheckpointError(
-                f"Tensor {key!r} of {path} has shape {shape}, but its config, with num_experts="
-                f"{config.num_experts}, r={config.r} and router_hidden_size="
-                f"{config.router_hidden_size}, asks for {rows} rows."
-            )
-
-
-def _expected_rows(key: str, config: MoELoraConfig) -> int | None:
-    if key.endswith((".lora_A.weight", ".lora_embedding_A")):
-        return None if config.rank_pattern else config.num_experts * config.r
-    if key.endswith(".lora_router.hidden_weight"):
-        return config.router_hidden_size
-    if key.endswith((".lora_router.weight", ".lora_router.mature")):
-        return config.num_experts
-    return None
-
-
-def _check_agreement(path: Path, weights_path: Path, routers: dict[str, Tensor]) -> None:
-    """Hold the router's two copies against each other: if they differ, someone edited one."""
-    file = read_router_file(path)
-    if file.kind != MIXTURE:
-        return
-    same = file.tensors.keys() == routers.keys() and all(
-        tensor.dtype == routers[key].dtype and torch.equal(tensor, routers[key])
-        for key, tensor in file.tensors.items()
-    )
-    if not same:
-        raise CheckpointError(
-            f"The router in {path} differs from the one in {weights_path}: one of them was "
-            "changed. Restore the pair, or delete the wrong router.safetensors to use the other."
-        )
+    if isinstance(config, MoELoraConfig):
+        head = "base_model.model."
+        given = {key.removeprefix(head): value for key, value in state_dict.items()}
+        own = {
+            _without_adapter(key, adapter_name).removeprefix(head): value
+            for key, value in _adapter_keys(model, adapter_name).items()
+        }
+        for key, value in own.items():
+            if key not in given:
+                raise CheckpointError(f"The mixture to swap in lacks the tensor {key!r}.")
+            _check_tensor(key, given[key], value)
+    original(model, state_dict, adapter_name, config, *args, **kwargs)

@@ -21,7 +21,9 @@ FORMAT_VERSION = 1
 #: More experts than this in one layer is taken for a damaged config.
 MAX_EXPERTS = 65536
 
-_ROUTING_FIELDS = (
+#: The fields that say how tokens are routed.
+ROUTING_FIELDS = (
+    "use_moe_routing",
     "top_k_experts",
     "router_hidden_size",
     "router_aux_loss_coef",
@@ -143,7 +145,7 @@ def _fail(name: str, value: object, allowed: str) -> None:
 
 
 def _check_format(version: Any) -> None:
-    if not _is_int(version) or not 1 <= version <= FORMAT_VERSION:
+    if not is_int(version) or not 1 <= version <= FORMAT_VERSION:
         raise ConfigError(
             f"moelora_format {version!r} is not known to this release, which reads 1 to "
             f"{FORMAT_VERSION}. Upgrade moelora to load this adapter."
@@ -169,9 +171,9 @@ def _check_flags(config: MoELoraConfig) -> None:
 def _check_counts(config: MoELoraConfig) -> None:
     least = 2 if config.use_moe_routing else 1
     suffix = " when use_moe_routing=True" if config.use_moe_routing else ""
-    if not _is_int(config.num_experts) or not least <= config.num_experts <= MAX_EXPERTS:
+    if not is_int(config.num_experts) or not least <= config.num_experts <= MAX_EXPERTS:
         _fail("num_experts", config.num_experts, f"an integer in [{least}, {MAX_EXPERTS}]{suffix}")
-    if not _is_int(config.top_k_experts) or config.top_k_experts < 1:
+    if not is_int(config.top_k_experts) or config.top_k_experts < 1:
         _fail("top_k_experts", config.top_k_experts, "an integer of at least 1")
     if config.use_moe_routing and config.top_k_experts > config.num_experts:
         _fail(
@@ -180,19 +182,19 @@ def _check_counts(config: MoELoraConfig) -> None:
             f"between 1 and num_experts={config.num_experts}",
         )
     hidden = config.router_hidden_size
-    if hidden is not None and (not _is_int(hidden) or not 1 <= hidden <= 2**20):
+    if hidden is not None and (not is_int(hidden) or not 1 <= hidden <= 2**20):
         _fail("router_hidden_size", hidden, f"None or an integer in [1, {2**20}]")
 
 
 def _check_numbers(config: MoELoraConfig) -> None:
-    if not _is_number(config.router_temperature) or config.router_temperature <= 0:
+    if not is_number(config.router_temperature) or config.router_temperature <= 0:
         _fail("router_temperature", config.router_temperature, "a finite number > 0")
-    if not _is_number(config.router_aux_loss_coef) or config.router_aux_loss_coef < 0:
+    if not is_number(config.router_aux_loss_coef) or config.router_aux_loss_coef < 0:
         _fail("router_aux_loss_coef", config.router_aux_loss_coef, "a finite number >= 0")
     factor = config.expert_capacity_factor
-    if factor is not None and (not _is_number(factor) or factor <= 0):
+    if factor is not None and (not is_number(factor) or factor <= 0):
         _fail("expert_capacity_factor", factor, "None or a finite number > 0")
-    if not _is_number(config.expert_dropout) or not 0 <= config.expert_dropout < 1:
+    if not is_number(config.expert_dropout) or not 0 <= config.expert_dropout < 1:
         _fail("expert_dropout", config.expert_dropout, "a number in [0, 1)")
 
 
@@ -208,7 +210,7 @@ def _check_fixed_weights(config: MoELoraConfig) -> None:
     if (
         not isinstance(weights, list | tuple)
         or len(weights) != config.num_experts
-        or not all(_is_number(weight) for weight in weights)
+        or not all(is_number(weight) for weight in weights)
     ):
         _fail(
             "fixed_routing_weights",
@@ -236,7 +238,8 @@ def _check_stackable(config: MoELoraConfig) -> None:
 
 def _warn_unused_routing_fields(config: MoELoraConfig) -> None:
     defaults = {f.name: f.default for f in fields(config)}
-    unused = [name for name in _ROUTING_FIELDS if getattr(config, name) != defaults[name]]
+    fields_of_routing = [name for name in ROUTING_FIELDS if name != "use_moe_routing"]
+    unused = [name for name in fields_of_routing if getattr(config, name) != defaults[name]]
     if unused:
         warnings.warn(
             f"{', '.join(unused)} set although use_moe_routing=False: without routing these fields "
@@ -245,11 +248,13 @@ def _warn_unused_routing_fields(config: MoELoraConfig) -> None:
         )
 
 
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> bool:
+    """Whether a value is an integer; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number; True and False are none."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     try:

@@ -1,5 +1,7 @@
 """What happens around a forward of the base model: weights, masks, first pass, losses."""
 
+import difflib
+import inspect
 import threading
 from dataclasses import replace
 from typing import Any
@@ -14,7 +16,7 @@ from moelora.auxiliary import add_auxiliary_loss
 from moelora.errors import RoutingWeightsError, UnsupportedLayerError
 from moelora.first_pass import first_pass, keep_cache
 from moelora.places import is_encoder_decoder
-from moelora.scope import ATTACHED, Frame, LayerBinding, Tape, scope_of
+from moelora.scope import ATTACHED, Frame, LayerBinding, RoutingScope, Tape, scope_of
 from moelora.shared import shared_routers_of
 
 _registration = threading.Lock()
@@ -92,6 +94,8 @@ def before_forward(
     outer = scope.top
     if outer is not None and outer.adapters_off:
         return None
+    if not kwargs.keys() <= scope.known_arguments:
+        _check_misspelt(base, scope, kwargs)
     # entered first: should a check below raise, the closing hook still runs and leaves this frame
     scope.push(Frame(is_forward=True))
     weights = kwargs.get("routing_weights")
@@ -184,6 +188,18 @@ def _check_plain(base: nn.Module, kwargs: dict[str, Any]) -> None:
         raise UnsupportedLayerError(
             "moelora is uninstalled, so this model cannot route. Call moelora.install() first."
         )
+
+
+def _check_misspelt(base: nn.Module, scope: RoutingScope, kwargs: dict[str, Any]) -> None:
+    """Many models take any keyword and ignore it: a misspelt ``routing_weights`` must not go so."""
+    accepted = inspect.signature(base.forward).parameters
+    for name in kwargs.keys() - accepted.keys() - {"routing_weights"}:
+        if difflib.get_close_matches(name, ["routing_weights"], cutoff=0.7):
+            raise RoutingWeightsError(
+                f"Unknown argument {name!r}: did you mean 'routing_weights'? The model would "
+                "ignore it."
+            )
+    scope.known_arguments = scope.known_arguments | kwargs.keys()
 
 
 def _batch_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:

@@ -344,6 +344,36 @@ def _no_merged_weight(names: list[str]) -> str:
     )
 
 
+def no_conversion(name: str) -> str:
+    """Why a mixture cannot be turned into the difference to its initial values."""
+    return (
+        f"Adapter {name!r} is a mixture of experts, whose update cannot be converted by "
+        "subtracting its initial values."
+    )
+
+
+def subtract_mutated_init(
+    original: Callable[..., Any],
+    tuner: Any,
+    output_state_dict: dict[str, Tensor],
+    adapter_name: str,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Refuse mixtures: concatenated stacks would interleave the ranks of different experts."""
+    config = tuner.peft_config.get(adapter_name)
+    if isinstance(config, MoELoraConfig) and _is_stack(config):
+        raise MergeError(no_conversion(adapter_name))
+    return original(tuner, output_state_dict, adapter_name, *args, **kwargs)
+
+
+def supports_lora_conversion(
+    original: Callable[..., bool], tuner: Any, adapter_name: str = "default"
+) -> bool:
+    """A learned mixture is no LoRA of any rank."""
+    return not _has_router(tuner, adapter_name) and original(tuner, adapter_name)
+
+
 def add_weighted_adapter(
     original: Callable[..., Any], tuner: Any, adapters: list[str], *args: Any, **kwargs: Any
 ) -> None:

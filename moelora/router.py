@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moelora.config import is_int, is_number
 from moelora.errors import ConfigError, RoutingWeightsError
 from moelora.routing import Routing, share_while_immature, top_k_routing
 
@@ -107,8 +108,8 @@ class Router(ModuleRouter):
         track_maturity: keep the buffer ``mature``.
 
     Raises:
-        ConfigError: if a size is not positive, ``top_k`` not in ``[1, num_experts]`` or the
-            temperature not positive.
+        ConfigError: if a size is no positive integer, ``top_k`` not in ``[1, num_experts]`` or the
+            temperature not finite and positive.
 
     Example:
         >>> Router(16, 4)(torch.zeros(2, 3, 16)).shape
@@ -125,15 +126,18 @@ class Router(ModuleRouter):
         hidden_size: int | None = None,
         track_maturity: bool = False,
     ) -> None:
-        for name, value in (("input_size", input_size), ("num_experts", num_experts)):
-            if value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}.")
-        if not 1 <= top_k <= num_experts:
+        sizes = {"input_size": input_size, "num_experts": num_experts, "top_k": top_k}
+        if hidden_size is not None:
+            sizes["hidden_size"] = hidden_size
+        for name, value in sizes.items():
+            if not is_int(value) or value < 1:
+                raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}.")
+        if top_k > num_experts:
             raise ConfigError(
                 f"top_k must be between 1 and num_experts={num_experts}, got {top_k}."
             )
-        if not temperature > 0:
-            raise ConfigError(f"temperature must be > 0, got {temperature}.")
+        if not is_number(temperature) or temperature <= 0:
+            raise ConfigError(f"temperature must be a finite number > 0, got {temperature!r}.")
         super().__init__(
             in_features=input_size,
             num_experts=num_experts,

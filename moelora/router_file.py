@@ -35,6 +35,12 @@ class RouterFile:
         """``"mixture"`` or ``"attached"``."""
         return self.metadata.get("kind", MIXTURE)
 
+    @property
+    def experts(self) -> list[str]:
+        """The names of the experts, in routing order."""
+        names: list[str] = json.loads(self.metadata["experts"])
+        return names
+
 
 def write_router_file(
     folder: Path,
@@ -104,10 +110,24 @@ def read_router_file(path: Path) -> RouterFile:
         )
     if metadata.get("sha256") != _digest(tensors):
         raise CheckpointError(f"{path} is damaged: its tensors do not match its digest.")
+    if metadata.get("kind", MIXTURE) not in (MIXTURE, ATTACHED):
+        raise CheckpointError(
+            f"{path} is of kind {metadata['kind']!r}, must be {MIXTURE!r} or {ATTACHED!r}."
+        )
+    _check_experts(path, metadata.get("experts"))
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"Tensor {key!r} of {path} holds NaN or infinity.")
     return RouterFile(tensors, metadata)
+
+
+def _check_experts(path: Path, text: str | None) -> None:
+    try:
+        names = json.loads(text or "")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: experts in its header is no JSON list.") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{path}: experts in its header must be a list of names.")
 
 
 def read_tensors(path: Path, *, only: str = "") -> dict[str, Tensor]:

@@ -143,6 +143,7 @@ class RoutingScope:
         self._frames = _FrameStack()
         self.recorders: list[RoutingRecorder] = []
         self.aux_loss_scale: float | None = None
+        self.known_arguments: frozenset[str] = frozenset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RoutingScope":
         copied = RoutingScope()
@@ -157,6 +158,7 @@ class RoutingScope:
         self._frames = _FrameStack()
         self.recorders = []
         self.aux_loss_scale = state["aux_loss_scale"]
+        self.known_arguments = frozenset()
 
     @property
     def top(self) -> Frame | None:
