@@ -246,7 +246,7 @@ def _patches() -> Iterator[_Patch]:
     callers: tuple[type, ...] = (PeftModel, PeftMixedModel, BaseTuner)
     for owner in callers:
         yield _Patch(owner, "__call__", functools.partial(_method, model.call_with_routing), None)
-    make = functools.partial(_method, checkpoint.hotswap_adapter_from_state_dict)
+    make = functools.partial(_function, checkpoint.hotswap_adapter_from_state_dict)
     parameters = ("model", "state_dict", "adapter_name", "config")
     yield _Patch(hotswap, "hotswap_adapter_from_state_dict", make, parameters)
     make = functools.partial(_method, mixture.check_mixed_config)
@@ -338,6 +338,14 @@ def _method(
         return replacement(original, self, *args, **kwargs)
 
     return method if original is None else functools.wraps(original)(method)
+
+
+def _function(replacement: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return replacement(original, *args, **kwargs)
+
+    return function
 
 
 def _classmethod(replacement: Callable[..., Any], original: Any) -> Any:

@@ -57,7 +57,7 @@ def check_folder(
     routers = read_tensors(weights_path, only=ROUTER_KEY)
     router_path = locate(ROUTER_FILE)
     if router_path is not None:
-        _check_agreement(router_path, weights_path, routers)
+        _check_agreement(router_path, weights_path, routers, num_experts=config.num_experts)
     return True
 
 
@@ -185,11 +185,18 @@ def _expected_rows(key: str, config: MoELoraConfig) -> int | None:
     return None
 
 
-def _check_agreement(path: Path, weights_path: Path, routers: dict[str, Tensor]) -> None:
+def _check_agreement(
+    path: Path, weights_path: Path, routers: dict[str, Tensor], *, num_experts: int
+) -> None:
     """Hold the router's two copies against each other: if they differ, someone edited one."""
     file = read_router_file(path)
     if file.kind != MIXTURE:
         return
+    if len(file.experts) != num_experts:
+        raise CheckpointError(
+            f"{path} names {len(file.experts)} experts, but the config has num_experts="
+            f"{num_experts}."
+        )
     same = file.tensors.keys() == routers.keys() and all(
         tensor.dtype == routers[key].dtype and torch.equal(tensor, routers[key])
         for key, tensor in file.tensors.items()

@@ -22,6 +22,9 @@ def check_routing_weights(weights: Any, *, num_experts: int, adapters: list[str]
         raise RoutingWeightsError(
             f"routing_weights must be a torch.Tensor {_FORMS}, got {type(weights).__name__}."
         )
+    if weights.layout != torch.strided or weights.is_meta:
+        kind = "on the meta device" if weights.is_meta else f"of layout {weights.layout}"
+        raise RoutingWeightsError(f"routing_weights must be dense and hold values, got one {kind}.")
     if not weights.is_floating_point():
         raise RoutingWeightsError(
             f"routing_weights must have a floating point dtype, got {weights.dtype}."

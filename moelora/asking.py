@@ -1,18 +1,22 @@
 """Asking a router that is not ours for routing weights."""
 
 import itertools
+from typing import Any
 
 from torch import Tensor, nn
 
 from moelora.errors import RoutingWeightsError
 
 
-def ask_router(router: nn.Module, hidden_states: Tensor) -> Tensor:
+def ask_router(router: nn.Module, hidden_states: Any) -> Tensor:
     """Call a router in its own device and dtype, and check what it returns.
 
     Raises:
         RoutingWeightsError: if it does not return a float tensor of one weight vector per token.
     """
+    if not isinstance(hidden_states, Tensor) or not hidden_states.is_floating_point():
+        given = hidden_states.dtype if isinstance(hidden_states, Tensor) else type(hidden_states)
+        raise RoutingWeightsError(f"hidden_states must be a float tensor, got {given}.")
     tensors = itertools.chain(router.parameters(), router.buffers())
     own = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
     if own is not None:

@@ -137,7 +137,7 @@ def detach_router(model: Any) -> nn.Module | None:
     return router
 
 
-def get_routing_weights(model: Any, hidden_states: Tensor) -> Tensor | None:
+def get_routing_weights(model: Any, hidden_states: Any) -> Tensor | None:
     """Routing weights of the attached router for ``hidden_states``; None without a router.
 
     Args:

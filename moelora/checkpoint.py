@@ -41,7 +41,13 @@ from moelora.errors import CheckpointError, MergeError
 from moelora.mixture import no_conversion
 from moelora.model_card import add_to_model_card
 from moelora.rollback import unchanged_on_error
-from moelora.router_file import MIXTURE, ROUTER_FILE, read_tensors, write_router_file
+from moelora.router_file import (
+    MIXTURE,
+    ROUTER_FILE,
+    check_folder_name,
+    read_tensors,
+    write_router_file,
+)
 
 _GIVEN_ROUTER = "_moelora_given_router"
 
@@ -286,19 +292,6 @@ def _write_router(folder: Path, name: str, config: MoELoraConfig) -> None:
 def _folder(save_directory: str | os.PathLike[str], adapter_name: str) -> Path:
     root = Path(save_directory)
     return root if adapter_name == "default" else root / adapter_name
-
-
-def check_folder_name(name: str) -> None:
-    """Refuse a name that, as a folder, would lie elsewhere.
-
-    Raises:
-        CheckpointError: if ``name`` is empty, absolute, a dot name or holds a separator.
-    """
-    if not name or name in (".", "..") or any(c in name for c in "/\\\0:"):
-        raise CheckpointError(
-            f"{name!r} cannot be saved under its name: it must be a plain folder name, without "
-            "separators, '..' or a drive."
-        )
 
 
 def _check_no_stale_router(name: str, folder: Path) -> None:

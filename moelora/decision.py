@@ -41,6 +41,7 @@ class MixtureSpec:
     @classmethod
     def from_config(cls, config: MoELoraConfig) -> "MixtureSpec":
         """Take the routing fields of ``config``."""
+        capacity_factor = config.expert_capacity_factor
         uniform = [1.0 / config.num_experts] * config.num_experts
         return cls(
             num_experts=config.num_experts,
@@ -48,11 +49,11 @@ class MixtureSpec:
             has_router=config.has_router,
             router_scope=config.router_scope,
             top_k=config.top_k_experts,
-            temperature=config.router_temperature,
-            capacity_factor=config.expert_capacity_factor,
-            expert_dropout=config.expert_dropout,
+            temperature=float(config.router_temperature),
+            capacity_factor=None if capacity_factor is None else float(capacity_factor),
+            expert_dropout=float(config.expert_dropout),
             loss_type=config.load_balance_loss_type,
-            aux_loss_coef=config.router_aux_loss_coef,
+            aux_loss_coef=float(config.router_aux_loss_coef),
             fixed_weights=tuple(config.fixed_routing_weights or uniform),
         )
 

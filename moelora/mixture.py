@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moelora import _peft
 from moelora.attached import watch_state_dicts
 from moelora.binding import bind, unbind
-from moelora.config import MoELoraConfig
+from moelora.config import MoELoraConfig, is_int
 from moelora.decision import MixtureSpec
 from moelora.errors import ConfigError, MergeError, UnsupportedLayerError
 from moelora.layer import mixtures_of
@@ -200,7 +200,7 @@ def mark_mature(
     model: nn.Module,
     adapter_name: str = "default",
     *,
-    experts: Iterable[int] | None = None,
+    experts: Iterable[Any] | None = None,
     mature: bool = True,
 ) -> None:
     """Mark experts of a mixture with ``router_type="learned_with_maturity"`` as mature (or young).
@@ -231,8 +231,8 @@ def mark_mature(
     number = buffers[0].shape[0]
     chosen = list(range(number)) if experts is None else list(experts)
     for index in chosen:
-        if not 0 <= index < number:
-            raise ConfigError(f"experts must be in [0, {number}), got {index}.")
+        if not is_int(index) or not 0 <= index < number:
+            raise ConfigError(f"experts must be integers in [0, {number}), got {index!r}.")
     with torch.no_grad():
         for buffer in buffers:
             buffer[chosen] = mature

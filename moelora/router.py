@@ -130,14 +130,18 @@ class Router(ModuleRouter):
         if hidden_size is not None:
             sizes["hidden_size"] = hidden_size
         for name, value in sizes.items():
-            if not is_int(value) or value < 1:
-                raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}.")
+            if not is_int(value):
+                raise ConfigError(f"{name} must be an integer, got {value!r}.")
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}.")
         if top_k > num_experts:
             raise ConfigError(
                 f"top_k must be between 1 and num_experts={num_experts}, got {top_k}."
             )
-        if not is_number(temperature) or temperature <= 0:
-            raise ConfigError(f"temperature must be a finite number > 0, got {temperature!r}.")
+        if not is_number(temperature):
+            raise ConfigError(f"temperature must be a finite number, got {temperature!r}.")
+        if temperature <= 0:
+            raise ConfigError(f"temperature must be > 0, got {temperature}.")
         super().__init__(
             in_features=input_size,
             num_experts=num_experts,

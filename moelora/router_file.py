@@ -42,6 +42,18 @@ class RouterFile:
         return names
 
 
+def check_folder_name(name: str, *, where: str = "") -> None:
+    """Refuse a name that, as a folder, would lie elsewhere.
+
+    Raises:
+        CheckpointError: if ``name`` is empty, absolute, a dot name or holds a separator.
+    """
+    if not name or name in (".", "..") or any(c in name for c in "/\\\0:"):
+        raise CheckpointError(
+            f"{where}{name!r} must be a plain folder name, without separators, '..' or a drive."
+        )
+
+
 def write_router_file(
     folder: Path,
     tensors: dict[str, Tensor],
@@ -103,6 +115,8 @@ def read_router_file(path: Path) -> RouterFile:
     version = metadata.get(_FORMAT)
     if version is None or not re.fullmatch("[0-9]{1,9}", version):
         raise CheckpointError(f"{path} is no router file of moelora: its header has no version.")
+    if int(version) < 1:
+        raise CheckpointError(f"{path} has format {version}, which never was.")
     if int(version) > FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format {version}, this release reads up to {FORMAT_VERSION}. Upgrade "
@@ -128,6 +142,8 @@ def _check_experts(path: Path, text: str | None) -> None:
         raise CheckpointError(f"{path}: experts in its header is no JSON list.") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{path}: experts in its header must be a list of names.")
+    for name in names:
+        check_folder_name(name, where=f"{path}: among its experts, ")
 
 
 def read_tensors(path: Path, *, only: str = "") -> dict[str, Tensor]:

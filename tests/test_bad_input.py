@@ -48,7 +48,7 @@ CONFIG, ADAPTER, ROUTER = "adapter_config.json", "adapter_model.safetensors", "r
 
 
 class World:
-    """What wrong input is given to: a mixture beside a plain LoRA, two plain LoRAs, and a folder."""
+    """What wrong input is given to: a mixture beside a plain LoRA, two plain LoRAs, a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.mixture = mixture(router_type="learned_with_maturity")
@@ -374,15 +374,15 @@ ROUTERS = {
     "a router asked with a list": Bad(
         lambda _: _asked_with_a_list(), "hidden_states|torch.Tensor", (MoELoraError, TypeError)
     ),
-    "Router without inputs": new_router("input_size must be at least 1, got 0", 0, 2),
-    "Router without experts": new_router("num_experts must be at least 1, got 0", 16, 0),
+    "Router without inputs": new_router("input_size must be .*at least 1, got 0", 0, 2),
+    "Router without experts": new_router("num_experts must be .*at least 1, got 0", 16, 0),
     "Router of half an expert": new_router(r"num_experts must be .*got 2\.5", 16, 2.5),
     "Router of text": new_router("input_size must be .*got '16'", "16", 2),
     "Router with top_k beyond": new_router(
         "top_k must be between 1 and num_experts=2", 16, 2, top_k=3
     ),
     "Router of temperature zero": new_router(
-        "temperature must be > 0, got 0", 16, 2, temperature=0
+        "temperature must be .*> 0, got 0", 16, 2, temperature=0
     ),
     "Router of infinite temperature": new_router(
         "temperature must be .*got inf", 16, 2, temperature=float("inf")
@@ -505,7 +505,7 @@ FILES = {
     "router of NaN": tensors(r"router.*(NaN|differs)", ADAPTER, _set(lambda t: t * torch.nan)),
     "router of integers": tensors("router.*(dtype|differs)", ADAPTER, _set(lambda t: t.long())),
     "router missing in one layer": tensors(
-        "no router tensors of layer", ADAPTER, lambda found, key: found.pop(key) and None
+        "no router tensors of layer", ADAPTER, lambda found, key: found.__delitem__(key)
     ),
     "adapter file missing": file(
         r"holds no adapter_model\.safetensors", lambda folder: (folder / ADAPTER).unlink()
@@ -571,15 +571,6 @@ def _rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
 
 
 # States of adapters ----------------------------------------------------------------------------
-
-
-def merged_loras(world: World) -> None:
-    world.loras.merge_adapter()
-    try:
-        world.loras(token_ids(), routing_weights=torch.ones(2))
-    finally:
-        # a copy was kept, so that merging itself costs no bit
-        world.loras.unmerge_adapter()
 
 
 def merged_and_weighted(world: World) -> None:
@@ -681,16 +672,35 @@ STATES = {
         "no LoRA adapters",
         UnsupportedLayerError,
     ),
+    "an adapter name with a dot": Bad(
+        lambda world: world.mixture.add_adapter("a.b", mixture_config()),
+        "name",
+        (ValueError, KeyError),
+    ),
+    "a layer outside of blocks for a router per block": Bad(
+        lambda world: world.mixture.add_adapter(
+            "new", mixture_config(router_scope="layer", target_modules=["q_proj", "lm_head"])
+        ),
+        "'lm_head' lies in no transformer block",
+        UnsupportedLayerError,
+    ),
+    "a norm as a target": Bad(
+        lambda world: world.mixture.add_adapter(
+            "new", mixture_config(target_modules=["q_proj", "input_layernorm"])
+        ),
+        "not supported",
+        ValueError,
+    ),
     "a mixture in a mixed model": Bad(
         lambda _: get_peft_model(tiny_llama(), mixture_config(), mixed=True),
         "PeftMixedModel",
         UnsupportedLayerError,
     ),
     "an adapter name that leaves the folder": Bad(
-        lambda world: _named(world, ".."), r"'\.\.' cannot be saved|valid|name", ValueError
+        lambda world: _named(world, ".."), "name", (ValueError, KeyError)
     ),
     "an adapter name with separators": Bad(
-        lambda world: _named(world, "a/b"), "'a/b' cannot be saved|valid|name", ValueError
+        lambda world: _named(world, "a/b"), "'a/b' cannot be saved", ValueError
     ),
     "weights for a model of another tuner": Bad(
         lambda _: get_peft_model(tiny_llama(), LoHaConfig(target_modules=["q_proj"]))(
@@ -742,9 +752,10 @@ def test_wrong_input_is_refused_and_changes_nothing(case: str, tmp_path: Path) -
         assert_equal(world.logits(), expected)
 
 
-def test_nothing_was_written_outside(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="name|saved"):
-        _named(World(tmp_path), "..")
+@pytest.mark.parametrize("name", ["..", "a/b", "a\\b", "/absolute"])
+def test_a_refused_name_writes_nothing(name: str, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, KeyError), match="name"):
+        _named(World(tmp_path), name)
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

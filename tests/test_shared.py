@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from moelora import UnsupportedLayerError, mark_mature
 from tests.lm import (
+    checkpoint_blocks,
     gradients_of,
     lora_config,
     lora_layers,
@@ -25,6 +27,7 @@ from tests.lm import (
     token_ids,
     trainable,
 )
+from tests.test_generation import generated
 from tests.tolerances import assert_close, assert_equal
 
 TEMPERATURE = 2.0
@@ -227,3 +230,230 @@ def test_a_shared_mixture_beside_a_plain_lora_trains_both() -> None:
     model.base_model.set_adapter(["first", "plain"])
     model(input_ids=token_ids(), labels=token_ids()).loss.backward()
     assert all(p.grad is not None for p in trainable(model).values())
+
+
+# Against loops over tokens and experts ---------------------------------------------------------
+
+
+def weights_by_loops(
+    hidden: Tensor, rows: Tensor, *, capacity_factor: float | None, mask: Tensor
+) -> Tensor:
+    """Two experts per token of those with room, in plain Python."""
+    experts, tokens = rows.shape[0], int(mask.sum())
+    room = [
+        math.inf if capacity_factor is None else capacity_factor * tokens * 2 / experts
+    ] * experts
+    room = [math.inf if math.isinf(free) else math.ceil(free) for free in room]
+    found = []
+    for token, real in zip(hidden.flatten(0, 1), mask.flatten().tolist(), strict=True):
+        scores = [row @ token / TEMPERATURE for row in rows]
+        best = sorted(range(experts), key=lambda i: -scores[i].item())[:2]
+        kept = [i for i in best if room[i] > 0]
+        if real:
+            for i in best:
+                room[i] -= 1
+        total = sum(scores[i].exp() for i in kept)
+        zero = torch.zeros((), dtype=hidden.dtype)
+        found.append(
+            torch.stack([scores[i].exp() / total if i in kept else zero for i in range(experts)])
+        )
+    return torch.stack(found).reshape(*hidden.shape[:2], experts)
+
+
+def by_loops(
+    model: PeftModel,
+    scope: str,
+    mask: Tensor,
+    *,
+    adapters: tuple[str, ...] = ("default",),
+    capacity_factor: float | None = None,
+) -> PeftModel:
+    """A copy whose blocks take weights from :func:`weights_by_loops`."""
+    copied = copy.deepcopy(model)
+    base = copied.get_base_model()
+    with torch.no_grad():
+        final = tiny_llama().model(token_ids(), attention_mask=mask).last_hidden_state
+    every_layer = [part for part in base.modules() if isinstance(part, LoraLayer)]
+    for block in base.model.layers:
+        layers = [part for part in block.modules() if isinstance(part, LoraLayer)]
+        holders = every_layer if scope == "model" else layers
+        rows = torch.cat([_rows(holders, name) for name in adapters])
+        seen: dict[str, Tensor] = {}
+
+        def decide(_: Any, args: Any, seen: Any = seen, rows: Tensor = rows) -> None:
+            hidden = args[0] if scope == "layer" else final
+            options = {"capacity_factor": capacity_factor, "mask": mask}
+            seen["weights"] = weights_by_loops(hidden, rows, **options)
+
+        block.register_forward_pre_hook(decide)
+        for layer in layers:
+            layer.forward = _weighed(layer, seen, adapters, holders)
+    return copied
+
+
+def _rows(layers: list[LoraLayer], adapter: str) -> Tensor:
+    found = [p.lora_router[adapter].weight for p in layers if adapter in _routers_in(p)]
+    (rows,) = found
+    return rows
+
+
+def _routers_in(layer: LoraLayer) -> Any:
+    return layer._modules.get("lora_router") or {}
+
+
+def _weighed(
+    layer: LoraLayer, seen: dict[str, Tensor], adapters: tuple[str, ...], holders: list[LoraLayer]
+) -> Any:
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result, column = layer.base_layer(x), 0
+        for name in adapters:
+            experts = _rows(holders, name).shape[0]
+            for expert in range(experts if name in layer.lora_A else 0):
+                rank = layer.lora_A[name].weight.shape[0] // experts
+                part = slice(expert * rank, (expert + 1) * rank)
+                delta = x @ layer.lora_A[name].weight[part].T
+                delta = delta @ layer.lora_B[name].weight[:, part].T * layer.scaling[name]
+                index = column + expert
+                result = result + seen["weights"][..., index : index + 1] * delta
+            column += experts
+        return result
+
+    return forward
+
+
+def padding(side: str) -> Tensor:
+    """The second row has three tokens of padding."""
+    mask = torch.ones(2, 7, dtype=torch.long)
+    if side != "none":
+        mask[1, slice(0, 3) if side == "left" else slice(4, 7)] = 0
+    return mask
+
+
+def real_logits(model: PeftModel, mask: Tensor) -> Tensor:
+    """Logits of all tokens that are no padding."""
+    found: Tensor = model(token_ids(), attention_mask=mask).logits[mask.bool()]
+    return found
+
+
+SCOPES = pytest.mark.parametrize("scope", ["layer", "model"])
+SIDES = pytest.mark.parametrize("side", ["none", "left", "right"])
+WITHOUT_LOSS: dict[str, Any] = {"router_aux_loss_coef": 0.0, "expert_capacity_factor": None}
+
+
+@SCOPES
+@SIDES
+@pytest.mark.parametrize("capacity_factor", [None, 0.3, 1.0])
+def test_values_and_gradients_equal_loops_with_capacity_and_padding(
+    scope: str, side: str, capacity_factor: float | None
+) -> None:
+    fields = {**WITHOUT_LOSS, "expert_capacity_factor": capacity_factor}
+    model = mixture(router_scope=scope, **fields).train()
+    mask = padding(side)
+    expected = by_loops(model, scope, mask, capacity_factor=capacity_factor)
+    found = [real_logits(each, mask) for each in (model, expected)]
+    assert_close(found[0], found[1], dtype=torch.float32)
+    for logits in found:
+        logits.square().mean().backward()
+    assert_close(gradients_of(model), gradients_of(expected), dtype=torch.float32)
+
+
+@SCOPES
+def test_capacity_limits_no_answer_in_eval(scope: str) -> None:
+    model = mixture(router_scope=scope, expert_capacity_factor=0.1).eval()
+    mask = padding("none")
+    expected = real_logits(by_loops(model, scope, mask), mask)
+    assert_close(real_logits(model, mask), expected, dtype=torch.float32)
+
+
+def two_of_a_scope(scope: str) -> PeftModel:
+    """Two mixtures of unequal rank and number on layers that overlap."""
+    model = mixture(name="first", router_scope=scope, **WITHOUT_LOSS)
+    fields = {"num_experts": 2, "r": 3, "target_modules": ["o_proj", "down_proj"]}
+    model.add_adapter("second", mixture_config(router_scope=scope, **WITHOUT_LOSS, **fields))
+    perturb(model)
+    return model
+
+
+@SCOPES
+@pytest.mark.parametrize("adapters", [("first", "second"), ("second", "first")])
+def test_two_mixtures_of_a_scope_equal_loops_over_all_their_experts(
+    scope: str, adapters: tuple[str, ...]
+) -> None:
+    model = two_of_a_scope(scope).train()
+    model.base_model.set_adapter(list(adapters))
+    mask = padding("none")
+    expected = by_loops(model, scope, mask, adapters=adapters)
+    found = [real_logits(each, mask) for each in (model, expected)]
+    assert_close(found[0], found[1], dtype=torch.float32)
+    for logits in found:
+        logits.square().mean().backward()
+    assert_close(gradients_of(model), gradients_of(expected), dtype=torch.float32)
+
+
+@SCOPES
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
+def test_two_mixtures_of_a_scope_generate_the_same_with_and_without_cache(
+    scope: str, options: dict[str, int]
+) -> None:
+    model = two_of_a_scope(scope).eval()
+    model.base_model.set_adapter(["first", "second"])
+    cached = generated(model, token_ids(), use_cache=True, **options)
+    assert_equal(cached, generated(model, token_ids(), use_cache=False, **options))
+
+
+@SCOPES
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_changes_no_gradient_with_capacity_and_padding(
+    scope: str, use_reentrant: bool
+) -> None:
+    model = mixture(router_scope=scope, expert_capacity_factor=0.5).train()
+    model.enable_input_require_grads()
+    other = copy.deepcopy(model)
+    checkpoint_blocks(other, use_reentrant=use_reentrant)
+    mask = padding("right")
+    labels = token_ids().masked_fill(mask == 0, -100)
+    for each in (model, other):
+        each(input_ids=token_ids(), attention_mask=mask, labels=labels).loss.backward()
+    assert_close(gradients_of(other), gradients_of(model))
+
+
+@SCOPES
+def test_a_layer_called_alone_is_refused_with_its_name(scope: str) -> None:
+    model = mixture(router_scope=scope).eval()
+    name, layer = next(iter(lora_layers(model.get_base_model()).items()))
+    with pytest.raises(UnsupportedLayerError, match=name):
+        layer(torch.randn(2, 7, 16, dtype=torch.float64))
+
+
+@SCOPES
+def test_a_layer_called_alone_takes_explicit_weights(scope: str) -> None:
+    model = mixture(router_scope=scope).eval()
+    layer = next(iter(lora_layers(model).values()))
+    weights = torch.rand(2, 7, 3, dtype=torch.float64)
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    assert layer(x, routing_weights=weights).shape[:2] == (2, 7)
+
+
+def test_a_block_called_alone_is_refused_with_a_layers_name() -> None:
+    model = mixture(router_scope="layer").eval()
+    hidden = torch.randn(2, 7, 16, dtype=torch.float64)
+    base = model.get_base_model().model
+    positions = base.rotary_emb(hidden, torch.arange(7)[None])
+    with pytest.raises(UnsupportedLayerError, match="q_proj"):
+        base.layers[0](hidden, position_embeddings=positions)
+
+
+@SCOPES
+def test_an_error_in_a_router_leaves_nothing_to_the_next_forward(scope: str) -> None:
+    model = mixture(router_scope=scope).eval()
+    expected = model(token_ids()).logits
+    (host, *_) = [p for p in lora_layers(model).values() if _routers_in(p)]
+
+    def stop(*_: object) -> None:
+        raise OSError("stopped")
+
+    hook = host.lora_router["default"].register_forward_pre_hook(stop)
+    with pytest.raises(OSError, match="stopped"):
+        model(token_ids())
+    hook.remove()
+    assert_equal(model(token_ids()).logits, expected)

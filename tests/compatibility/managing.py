@@ -202,7 +202,7 @@ def _(kind: Kind, _folder: Path) -> None:
         assert layer.available_adapters == kind.adapters
         assert layer.merged_adapters == []
         assert layer.requires_grad == dict.fromkeys(kind.adapters, True)
-        assert layer.devices == dict.fromkeys(kind.adapters, ["cpu"])
+        assert layer.devices == {name: ["cpu"] for name in kind.adapters}
     for name, parameter in model.named_parameters():
         if kind is MIXTURE and ".lora_router." in name:
             parameter.requires_grad_(False)

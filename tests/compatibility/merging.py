@@ -267,8 +267,8 @@ def _(kind: Kind, folder: Path) -> None:
 
 @AREA.refuses(
     "`subtract_mutated_init`, `save_pretrained(path_initial_model_for_weight_conversion=)`",
-    "Adapter 'default' is a mixture of experts, whose update cannot be converted by subtracting its "
-    "initial values.",
+    "Adapter 'default' is a mixture of experts, whose update cannot be converted by subtracting "
+    "its initial values.",
     error=MergeError,
     covers=of_tuner("subtract_mutated_init"),
     kinds=(MIXTURE,),

@@ -201,8 +201,8 @@ def _refused_config(kind: Kind, **fields: Any) -> Refusal:
 
 @AREA.refuses(
     "`init_lora_weights` from the base's weights (PiSSA, OLoRA)",
-    "init_lora_weights must be one of True, False, 'gaussian' in a mixture, got 'pissa': data-driven "
-    "initialisations assume one update that is always on.",
+    "init_lora_weights must be one of True, False, 'gaussian' in a mixture, got 'pissa': "
+    "data-driven initialisations assume one update that is always on.",
     error=ConfigError,
     kinds=(MIXTURE,),
 )
@@ -296,8 +296,8 @@ def _(kind: Kind, _folder: Path) -> Refusal:
 
 @AREA.refuses(
     "a target that cannot be routed (`nn.MultiheadAttention`)",
-    "A mixture cannot adapt 'attention': nn.MultiheadAttention uses its whole weight at once, so its "
-    "tokens cannot be routed.",
+    "A mixture cannot adapt 'attention': nn.MultiheadAttention uses its whole weight at once, so "
+    "its tokens cannot be routed.",
     error=UnsupportedLayerError,
     kinds=(MIXTURE,),
 )

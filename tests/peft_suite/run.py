@@ -113,7 +113,8 @@ def build_stand_ins(cache: Path) -> Path:
     script = HERE / "stand_ins.py"
     recipe = script.read_bytes() + importlib.metadata.version("transformers").encode()
     hub = cache / f"hub-{hashlib.sha256(recipe).hexdigest()[:12]}"
-    subprocess.run([sys.executable, script, hub], check=True, env=os.environ | ENVIRONMENT)
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
+    subprocess.run([sys.executable, script, hub], check=True, env=os.environ | ENVIRONMENT | quiet)
     return hub
 
 

@@ -64,7 +64,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", _LLAMA),
     "mixtral": ("mixtral", _LLAMA | _EXPERTS),
     # the default spread is so small that adapters hardly change what so narrow a model generates.
-    "opt": ("opt", _OPT | {"num_hidden_layers": 5, "vocab_size": 50265, "init_std": 0.2}),
+    "opt": ("opt", _OPT | {"num_hidden_layers": 5, "vocab_size": 50265, "init_std": 0.06}),
     # tests rely on its width and on its twelve layers; the rest is small.
     "opt-125m": (
         "opt",
