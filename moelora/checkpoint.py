@@ -364,6 +364,10 @@ def load_adapter_into_base(
         return result
 
 
+def _plain_key(key: str, name: str) -> str:
+    return _without_adapter(key, name).removeprefix("base_model.model.")
+
+
 def _without_adapter(key: str, name: str) -> str:
     head, _, tail = key.rpartition(f".{name}")
     return head + tail
@@ -415,14 +419,8 @@ def hotswap_adapter_from_state_dict(
             zeros, which mixes experts and empties routers.
     """
     if isinstance(config, MoELoraConfig):
-        head = "base_model.model."
-        given = {key.removeprefix(head): value for key, value in state_dict.items()}
-        own = {
-            _without_adapter(key, adapter_name).removeprefix(head): value
-            for key, value in _adapter_keys(model, adapter_name).items()
-        }
-        for key, value in own.items():
-            if key not in given:
-                raise CheckpointError(f"The mixture to swap in lacks the tensor {key!r}.")
-            _check_tensor(key, given[key], value)
+        given = {_plain_key(key, adapter_name): value for key, value in state_dict.items()}
+        own = {key: _plain_key(key, adapter_name) for key in _adapter_keys(model, adapter_name)}
+        loaded = {key: given[plain] for key, plain in own.items() if plain in given}
+        _check_tensors(model, adapter_name, loaded)
     original(model, state_dict, adapter_name, config, *args, **kwargs)

@@ -232,7 +232,7 @@ def mark_mature(
     chosen = list(range(number)) if experts is None else list(experts)
     for index in chosen:
         if not is_int(index) or not 0 <= index < number:
-            raise ConfigError(f"experts must be integers in [0, {number}), got {index!r}.")
+            raise ConfigError(f"experts must be in [0, {number}), got {index!r}.")
     with torch.no_grad():
         for buffer in buffers:
             buffer[chosen] = mature

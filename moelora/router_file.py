@@ -50,7 +50,8 @@ def check_folder_name(name: str, *, where: str = "") -> None:
     """
     if not name or name in (".", "..") or any(c in name for c in "/\\\0:"):
         raise CheckpointError(
-            f"{where}{name!r} must be a plain folder name, without separators, '..' or a drive."
+            f"{where}{name!r} cannot be saved under its name: it must be a plain folder name, "
+            "without separators, '..' or a drive."
         )
 
 

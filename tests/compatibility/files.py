@@ -194,7 +194,7 @@ def _(kind: Kind, folder: Path) -> None:
 
 @AREA.refuses(
     "`hotswap_adapter`, tensors missing",
-    "The checkpoint of mixture 'default' lacks 6 router tensors, e.g. ",
+    "The mixture to swap in lacks the tensor ",
     error=CheckpointError,
     kinds=(MIXTURE,),
 )
