@@ -194,87 +194,75 @@ def _register() -> None:
 
 
 def _patches() -> Iterator[_Patch]:
-    """Every change to a foreign class, in one list."""
+    """Every change to a foreign class or module, in one list."""
+    yield from _layer_patches()
+    for owner, name, wrap, replacement, parameters in _table():
+        yield _Patch(owner, name, functools.partial(wrap, replacement), parameters)
+
+
+def _table() -> Iterator[tuple[Any, str, Callable[..., Any], Any, tuple[str, ...] | None]]:
+    """Owner, attribute, how it is wrapped, by what, and the original's leading parameters."""
     from moelora import attached, checkpoint, mixture, model
 
-    yield from _layer_patches()
-    lora_model: dict[str, tuple[Callable[..., Any], tuple[str, ...] | None]] = {
-        "generate": (model.generate_with_routing, None),
-        "inject_adapter": (mixture.inject_adapter, None),
-        "_create_and_replace": (
-            mixture.create_and_replace,
-            ("self", "lora_config", "adapter_name", "target", "target_name", "parent"),
-        ),
-        "_unload_and_optionally_merge": (mixture.unload_and_optionally_merge, None),
-        "merge_adapter": (mixture.merge_adapter, None),
-        "add_weighted_adapter": (mixture.add_weighted_adapter, ("self", "adapters", "weights")),
-        "subtract_mutated_init": (
-            mixture.subtract_mutated_init,
-            ("self", "output_state_dict", "adapter_name"),
-        ),
-        "supports_lora_conversion": (mixture.supports_lora_conversion, None),
-    }
-    for name, (replacement, parameters) in lora_model.items():
-        yield _Patch(LoraModel, name, functools.partial(_method, replacement), parameters)
-    holders: tuple[type, ...] = (LoraModel, PeftModel)
-    for owner in holders:
+    generating = [cls for cls in (PeftModel, *_subclasses(PeftModel)) if "generate" in vars(cls)]
+    for cls in generating:
+        yield cls, "generate", _method, model.generate_with_routing, ("self",)
+    for cls in (PeftModel, PeftMixedModel, BaseTuner):
+        yield cls, "__call__", _method, model.call_with_routing, None
+    for cls in (LoraModel, PeftModel):
+        yield cls, "router", _added, property(attached.get_router), None
+        yield cls, "moe_config", _added, property(attached.get_moe_config), None
         for method in (
             attached.attach_router,
             attached.detach_router,
             attached.get_routing_weights,
         ):
-            yield _Patch(owner, method.__name__, functools.partial(_added, method), None)
-        yield _Patch(
-            owner, "router", functools.partial(_added, property(attached.get_router)), None
-        )
-        moe_config = property(attached.get_moe_config)
-        yield _Patch(owner, "moe_config", functools.partial(_added, moe_config), None)
-    for name, replacement, parameters in (
+            yield cls, method.__name__, _added, method, None
+    for name, function, parameters in (
+        ("generate", model.generate_with_routing, None),
+        ("inject_adapter", mixture.inject_adapter, None),
         (
-            "_get_adapter_state_dict",
-            checkpoint.get_adapter_state_dict,
-            ("cls", "model", "config", "adapter_name", "state_dict", "unwanted_adapter_names"),
+            "_create_and_replace",
+            mixture.create_and_replace,
+            ("self", "lora_config", "adapter_name"),
+        ),
+        ("_enable_peft_forward_hooks", model.enable_forward_hooks, ("self",)),
+        ("_unload_and_optionally_merge", mixture.unload_and_optionally_merge, None),
+        ("merge_adapter", mixture.merge_adapter, None),
+        ("add_weighted_adapter", mixture.add_weighted_adapter, ("self", "adapters", "weights")),
+        ("subtract_mutated_init", mixture.subtract_mutated_init, ("self", "output_state_dict")),
+        ("supports_lora_conversion", mixture.supports_lora_conversion, None),
+    ):
+        yield LoraModel, name, _method, function, parameters
+    state_dict = ("cls", "model", "config", "adapter_name", "state_dict")
+    for name, function in (
+        ("_get_adapter_state_dict", checkpoint.get_adapter_state_dict),
+        ("_remap_adapter_state_dict_for_load", checkpoint.remap_adapter_state_dict_for_load),
+    ):
+        yield LoraModel, name, _classmethod, function, state_dict
+    for owner, name, wrap, function, parameters in (
+        (PeftModel, "save_pretrained", _method, checkpoint.save_pretrained, ("self",)),
+        (PeftModel, "load_adapter", _method, checkpoint.load_adapter, ("self", "model_id")),
+        (PeftModel, "from_pretrained", _classmethod, checkpoint.from_pretrained, ("cls", "model")),
+        (MixedModel, "_check_new_adapter_config", _method, mixture.check_mixed_config, ("self",)),
+        (hotswap, "_pad_lora_weights", _function, mixture.pad_lora_weights, ("model",)),
+        (
+            hotswap,
+            "hotswap_adapter_from_state_dict",
+            _function,
+            checkpoint.hotswap_adapter_from_state_dict,
+            ("model", "state_dict", "adapter_name", "config"),
         ),
         (
-            "_remap_adapter_state_dict_for_load",
-            checkpoint.remap_adapter_state_dict_for_load,
-            ("cls", "model", "config", "adapter_name", "state_dict"),
-        ),
-    ):
-        make = functools.partial(_classmethod, replacement)
-        yield _Patch(LoraModel, name, make, parameters)
-    callers: tuple[type, ...] = (PeftModel, PeftMixedModel, BaseTuner)
-    for owner in callers:
-        yield _Patch(owner, "__call__", functools.partial(_method, model.call_with_routing), None)
-    make = functools.partial(_function, checkpoint.hotswap_adapter_from_state_dict)
-    parameters = ("model", "state_dict", "adapter_name", "config")
-    yield _Patch(hotswap, "hotswap_adapter_from_state_dict", make, parameters)
-    make = functools.partial(_method, mixture.check_mixed_config)
-    yield _Patch(MixedModel, "_check_new_adapter_config", make, ("self", "config"))
-    for owner in (PeftModel, *_subclasses(PeftModel)):
-        if "generate" in vars(owner):
-            make = functools.partial(_method, model.generate_with_routing)
-            yield _Patch(owner, "generate", make, ("self",))
-    for name, replacement, parameters in (
-        ("save_pretrained", checkpoint.save_pretrained, ("self", "save_directory")),
-        ("load_adapter", checkpoint.load_adapter, ("self", "model_id", "adapter_name")),
-    ):
-        yield _Patch(PeftModel, name, functools.partial(_method, replacement), parameters)
-    yield _Patch(
-        PeftModel,
-        "from_pretrained",
-        functools.partial(_classmethod, checkpoint.from_pretrained),
-        ("cls", "model", "model_id", "adapter_name"),
-    )
-    for name, replacement, parameters in (
-        (
+            PreTrainedModel,
             "_set_gradient_checkpointing",
+            _method,
             model.set_gradient_checkpointing,
             ("self", "enable", "gradient_checkpointing_func"),
         ),
-        ("load_adapter", checkpoint.load_adapter_into_base, ("self", "peft_model_id")),
+        (PreTrainedModel, "load_adapter", _method, checkpoint.load_adapter_into_base, ("self",)),
     ):
-        yield _Patch(PreTrainedModel, name, functools.partial(_method, replacement), parameters)
+        yield owner, name, wrap, function, parameters
 
 
 def _layer_patches() -> Iterator[_Patch]:

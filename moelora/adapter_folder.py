@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -61,6 +61,26 @@ def check_folder(
     return True
 
 
+def read_folder(
+    model_id: str | os.PathLike[str] | None,
+    *,
+    subfolder: str | None = None,
+    hub: dict[str, Any] | None = None,
+) -> tuple[MoELoraConfig | None, set[str]]:
+    """The config of a mixture in a folder (or hub id), and the names of its tensors.
+
+    Raises:
+        CheckpointError: as :func:`check_folder`.
+    """
+    if model_id is None or not check_folder(model_id, subfolder=subfolder, hub=hub):
+        return None, set()
+    locate = Locator(os.fspath(model_id), subfolder, hub or {})
+    config_path, weights_path = locate(_peft.CONFIG_NAME), locate(_peft.SAFETENSORS_WEIGHTS_NAME)
+    if config_path is None or weights_path is None:
+        return None, set()
+    return _read_config(config_path), set(read_shapes(weights_path))
+
+
 class Locator:
     """Finds the files of an adapter in a local folder, else on the hub as PEFT does."""
 
@@ -89,9 +109,13 @@ class Locator:
             return Path(
                 hf_hub_download(self.model_id, filename, subfolder=self.subfolder, **self.hub)
             )
-        except (EntryNotFoundError, LocalEntryNotFoundError, OSError, ValueError):
-            # neither a folder nor a repository: PEFT says so in its own words
+        except EntryNotFoundError:
             return None
+        except (OSError, ValueError):
+            if filename == _peft.CONFIG_NAME:
+                # neither a folder nor a repository: PEFT says so in its own words
+                return None
+            raise
 
 
 def attached_file(

@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from moelora import _peft
 from moelora.adapter_folder import (
     ROUTER_KEY,
-    Locator,
     attached_file,
     check_folder,
     hub_arguments,
-    read_shapes,
+    read_folder,
 )
 from moelora.attached import get_router
 from moelora.attached_file import (
@@ -36,7 +35,7 @@ from moelora.attached_file import (
     save_attached,
 )
 from moelora.binding import base_of
-from moelora.config import MoELoraConfig
+from moelora.config import ROUTING_FIELDS, MoELoraConfig
 from moelora.errors import CheckpointError, MergeError
 from moelora.mixture import no_conversion
 from moelora.model_card import add_to_model_card
@@ -341,27 +340,50 @@ def load_adapter_into_base(
         CheckpointError: if a file of a mixture is missing, damaged or contradicts another, or the
             file has no tensor for a layer of this model.
     """
-    call = inspect.signature(original).bind(base, *args, **kwargs).arguments
-    folder = call.get("peft_model_id")
-    extra = {**call.get("adapter_kwargs", {}), **kwargs} if folder is not None else {}
-    if folder is None or not check_folder(folder, **hub_arguments(extra)):
+    call = inspect.signature(original).bind(base, *args, **kwargs)
+    call.apply_defaults()
+    given = call.arguments
+    name = given["adapter_name"] or "default"
+    before: dict[str, Any] = dict(getattr(base, "peft_config", {}))
+    if given["adapter_state_dict"] is not None:
+        config, loaded = given["peft_config"], set(given["adapter_state_dict"])
+    else:
+        hub = hub_arguments({**(given["adapter_kwargs"] or {}), **given["kwargs"]})
+        config, loaded = read_folder(given["peft_model_id"], **hub)
+    swapped = before.get(name)
+    if not isinstance(config, MoELoraConfig) and not isinstance(swapped, MoELoraConfig):
         return original(base, *args, **kwargs)
+    if swapped is not None:
+        _check_swap(name, swapped, config)
     with unchanged_on_error(base):
-        before = set(getattr(base, "peft_config", {}))
         result = original(base, *args, **kwargs)
-        locate = Locator(os.fspath(folder), **hub_arguments(extra))
-        weights_path = locate(_peft.SAFETENSORS_WEIGHTS_NAME)
-        loaded = set() if weights_path is None else set(read_shapes(weights_path))
-        configs: Any = base.peft_config
-        for name in set(configs) - before:
-            expected = {_without_adapter(key, name) for key in _adapter_keys(base, name)}
-            missing = sorted(key for key in expected if f"base_model.model.{key}" not in loaded)
-            if missing:
-                raise CheckpointError(
-                    f"{folder} lacks {len(missing)} tensors for this model, e.g. {missing[0]!r}. A "
-                    "missing router is not replaced by a random one."
-                )
+        plain = {key.removeprefix("base_model.model.") for key in loaded}
+        expected = {_plain_key(key, name) for key in _adapter_keys(base, name)}
+        missing = sorted(expected - plain)
+        if missing:
+            raise CheckpointError(
+                f"The adapter lacks {len(missing)} tensors for this model, e.g. {missing[0]!r}. A "
+                "missing router is not replaced by a random one."
+            )
         return result
+
+
+_SWAP_FIELDS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "num_experts")
+
+
+def _check_swap(name: str, old: Any, new: Any) -> None:
+    """Refuse to put one adapter's tensors into another's place when they are used otherwise.
+
+    Raises:
+        CheckpointError: naming the first field that differs.
+    """
+    for field in (*_SWAP_FIELDS, *ROUTING_FIELDS):
+        values = getattr(old, field, None), getattr(new, field, None)
+        if values[0] != values[1]:
+            raise CheckpointError(
+                f"Adapter {name!r} cannot be hot-swapped: {field} is {values[0]!r} in the model "
+                f"and {values[1]!r} in what is loaded."
+            )
 
 
 def _plain_key(key: str, name: str) -> str:

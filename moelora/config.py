@@ -183,6 +183,8 @@ def _check_counts(config: MoELoraConfig) -> None:
         )
     if not is_int(config.r) or config.r < 1:
         _fail("r", config.r, "an integer of at least 1")
+    if not is_number(config.lora_alpha):
+        _fail("lora_alpha", config.lora_alpha, "a finite number")
     hidden = config.router_hidden_size
     if hidden is not None and (not is_int(hidden) or not 1 <= hidden <= 2**20):
         _fail("router_hidden_size", hidden, f"None or an integer in [1, {2**20}]")

@@ -280,7 +280,7 @@ def _linear_delta(layer: Any, adapter: str, x: Tensor, weights: Tensor | None) -
     return _weigh_bias(delta, lora_b.bias, scaled)
 
 
-def _scaled(weights: Tensor, scaling: float) -> Tensor:
+def _scaled(weights: Tensor, scaling: float | Tensor) -> Tensor:
     """Weights times scaling in at least float32: only the model's own dtype may cost accuracy."""
     return weights.to(torch.promote_types(weights.dtype, torch.float32)) * scaling
 

@@ -374,6 +374,23 @@ def supports_lora_conversion(
     return not _has_router(tuner, adapter_name) and original(tuner, adapter_name)
 
 
+def pad_lora_weights(
+    original: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any
+) -> Any:
+    """Refuse to pad stacked ranks at their end, which would move experts into each other.
+
+    Raises:
+        UnsupportedLayerError: naming the mixtures.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _peft.LoraLayer)]
+    stacked = sorted({name for layer in layers for name in mixtures_of(layer)})
+    if stacked:
+        raise UnsupportedLayerError(
+            f"Adapter(s) {stacked} are mixtures of experts and cannot be padded to another rank."
+        )
+    return original(model, *args, **kwargs)
+
+
 def add_weighted_adapter(
     original: Callable[..., Any], tuner: Any, adapters: list[str], *args: Any, **kwargs: Any
 ) -> None:

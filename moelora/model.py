@@ -25,7 +25,6 @@ def set_gradient_checkpointing(
 
 def call_with_routing(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     """Calling a PEFT model: refuse routing weights where they would be swallowed."""
-    _refuse_mixed_mixtures(model, kwargs)
     if "routing_weights" in kwargs:
         if kwargs["routing_weights"] is None:
             del kwargs["routing_weights"]
@@ -66,29 +65,35 @@ def _refuse_adapter_names(kwargs: dict[str, Any]) -> None:
         )
 
 
-def _refuse_mixed_mixtures(model: Any, kwargs: dict[str, Any]) -> None:
-    """Refuse PEFT's mixed batches over a routed mixture: they would sum its experts."""
+def enable_forward_hooks(
+    original: Callable[..., Any], tuner: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Refuse PEFT's mixed batches over a routed mixture: they would sum its experts.
+
+    Every way into a PEFT model with ``adapter_names`` comes here, before PEFT leaves its hooks.
+
+    Raises:
+        RoutingWeightsError: naming the mixtures.
+    """
     names = kwargs.get("adapter_names")
-    if names is None or not isinstance(model, _peft.PeftModel | _peft.LoraModel):
-        return
-    configs: dict[str, Any] = model.peft_config
+    configs: dict[str, Any] = tuner.peft_config
     routed = [
         name
-        for name in dict.fromkeys([*names, *model.active_adapters])
+        for name in dict.fromkeys([*(names or []), *tuner.active_adapters])
         if isinstance(configs.get(name), MoELoraConfig) and configs[name].routed
     ]
-    if routed:
+    if names is not None and routed:
         raise RoutingWeightsError(
             f"adapter_names cannot be combined with a routed mixture, here {routed}: give "
             "routing_weights that are one-hot per row instead."
         )
+    return original(tuner, *args, **kwargs)
 
 
 def generate_with_routing(
     original: Callable[..., Any] | None, model: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """``generate`` with explicit weights: they hold for every step, repeated per beam."""
-    _refuse_mixed_mixtures(model, kwargs)
     weights = kwargs.pop("routing_weights", None)
     generate = model.model.generate if original is None else original
     positional = args if original is None else (model, *args)

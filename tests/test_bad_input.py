@@ -700,7 +700,9 @@ STATES = {
         lambda world: _named(world, ".."), "name", (ValueError, KeyError)
     ),
     "an adapter name with separators": Bad(
-        lambda world: _named(world, "a/b"), "'a/b' must be a plain folder name", ValueError
+        lambda world: _named(world, "a/b"),
+        "'a/b' cannot be saved under its name: it must be a plain folder name",
+        ValueError,
     ),
     "weights for a model of another tuner": Bad(
         lambda _: get_peft_model(tiny_llama(), LoHaConfig(target_modules=["q_proj"]))(

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
-import peft.config
-import peft.peft_model
-import peft.utils.other
-import peft.utils.save_and_load
 import pytest
 import torch
 import transformers.utils.hub
@@ -24,7 +21,6 @@ from huggingface_hub.errors import (
 )
 from peft import PeftConfig, PeftModel, get_peft_model
 
-import moelora.checkpoint
 from moelora import CheckpointError, MoELoraConfig, Router
 from tests.lm import (
     assert_same_snapshot,
@@ -118,19 +114,12 @@ def hub(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
     """Replace every function of the hub's client that PEFT and moelora use."""
     fake = Hub(tmp_path, online=request.param == "online")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", not fake.online)
-    for module in (
-        huggingface_hub,
-        moelora.checkpoint,
-        peft.config,
-        peft.peft_model,
-        peft.utils.save_and_load,
-        peft.utils.other,
-        transformers.utils.hub,
-    ):
-        for name in ("hf_hub_download", "file_exists"):
-            if hasattr(module, name):
-                # keep the signature: PEFT sorts keyword arguments by it.
-                real = getattr(huggingface_hub.file_download, name, None)
+    for name in ("hf_hub_download", "file_exists"):
+        real = getattr(huggingface_hub, name)
+        for module in list(sys.modules.values()):
+            # wherever it was imported to; none may reach the network.
+            if vars(module).get(name) is real:
+                # with its signature: PEFT sorts keyword arguments by it.
                 monkeypatch.setattr(module, name, _signed(getattr(fake, name), real))
     monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda: fake)
     monkeypatch.setattr(transformers.utils.hub, "create_and_tag_model_card", _new_card)
@@ -142,8 +131,7 @@ def _signed(function: Any, real: Any) -> Any:
     def called(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    if real is not None:
-        called.__wrapped__ = real  # type: ignore[attr-defined]
+    called.__wrapped__ = real  # type: ignore[attr-defined]
     return called
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.helpers import rescale_adapter_scale
 
 from moelora import MoELoraConfig, Router, RoutingWeightsError
 from tests.compatibility.registry import (
@@ -97,6 +98,31 @@ def _(kind: Kind, _folder: Path) -> Refusal:
     return Refusal(
         lambda: model(token_ids(), adapter_names=["default", "plain"], **arguments), model
     )
+
+
+@AREA.refuses(
+    "mixed batches by `model.forward`",
+    "adapter_names cannot be combined with ",
+    error=RoutingWeightsError,
+)
+def _(kind: Kind, _folder: Path) -> Refusal:
+    model = kind.model()
+    names = ["default", "second"]
+    if kind is MIXTURE:
+        model.add_adapter("second", lora_config())
+        perturb(model)
+        model.eval().set_adapter("second")
+    arguments = kind.arguments()
+    return Refusal(lambda: model.forward(token_ids(), adapter_names=names, **arguments), model)
+
+
+@AREA.works("`rescale_adapter_scale`", "scales what the experts add, for the time of the block")
+def _(kind: Kind, _folder: Path) -> None:
+    model = kind.model()
+    before = kind.logits(model)
+    with rescale_adapter_scale(model, 0.0):
+        assert_equal(kind.logits(model), tiny_llama()(token_ids()).logits)
+    assert_equal(kind.logits(model), before)
 
 
 @AREA.works(

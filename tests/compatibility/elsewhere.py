@@ -12,10 +12,12 @@ from peft import (
     PromptTuningConfig,
     TaskType,
     get_peft_model,
+    get_peft_model_state_dict,
     inject_adapter_in_model,
+    set_peft_model_state_dict,
 )
 
-from moelora import UnsupportedLayerError
+from moelora import CheckpointError, UnsupportedLayerError
 from tests.compatibility.registry import (
     EXPLICIT,
     MIXTURE,
@@ -28,10 +30,6 @@ from tests.lm import lora_layers, perturb, tiny_llama, token_ids
 from tests.tolerances import assert_equal
 
 AREA = Area("Other ways in")
-
-
-def _states(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {k.split("model.", 1)[1]: v for k, v in model.state_dict().items() if ".lora_" in k}
 
 
 @AREA.works(
@@ -49,6 +47,134 @@ def _(kind: Kind, _folder: Path) -> None:
     own = expected.get_base_model().state_dict()
     base.load_state_dict(own)
     assert_equal(kind.logits(base.eval()), kind.logits(expected))
+
+
+@AREA.works(
+    "`inject_adapter_in_model(state_dict=)`",
+    "as the adapter that the tensors come from",
+)
+def _(kind: Kind, _folder: Path) -> None:
+    expected = kind.model()
+    expected.set_adapter("default")
+    state = get_peft_model_state_dict(expected)
+    state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
+    base = inject_adapter_in_model(kind.config(), tiny_llama(), state_dict=state)
+    assert not set_peft_model_state_dict(base, state).unexpected_keys
+    assert_equal(kind.logits(base.eval(), experts=1), kind.logits(expected, experts=1))
+
+
+@AREA.works(
+    "transformers' `model.load_adapter(hotswap=True)`",
+    "gives the other adapter's logits to the bit",
+)
+def _(kind: Kind, folder: Path) -> None:
+    base, other = _base_to_swap(kind, folder)
+    base.load_adapter(folder / "other", adapter_name="default", hotswap=True)
+    assert_equal(kind.logits(base.eval(), experts=1), kind.logits(other, experts=1))
+
+
+def _base_to_swap(kind: Kind, folder: Path, **fields: Any) -> tuple[Any, PeftModel]:
+    """A base with one adapter loaded, and the model whose adapter is in ``folder / "other"``."""
+    for name, model in (("one", kind.model(seed=5)), ("other", kind.model(seed=6, **fields))):
+        model.set_adapter("default")
+        model.save_pretrained(folder / name, selected_adapters=["default"])
+    base = tiny_llama()
+    base.load_adapter(folder / "one", adapter_name="default")
+    return base.eval(), model
+
+
+@AREA.refuses(
+    "transformers' `model.load_adapter(hotswap=True)`, other routing",
+    "Adapter 'default' cannot be hot-swapped: ",
+    error=CheckpointError,
+    kinds=(MIXTURE,),
+)
+def _(kind: Kind, folder: Path) -> Refusal:
+    base, _ = _base_to_swap(kind, folder, top_k_experts=1)
+    return Refusal(
+        lambda: base.load_adapter(folder / "other", adapter_name="default", hotswap=True), base
+    )
+
+
+@AREA.works(
+    "transformers' `model.load_adapter(hotswap=True)`, other routing",
+    "no question: the weights are given",
+    kinds=(EXPLICIT,),
+)
+def _(kind: Kind, folder: Path) -> None:
+    base, other = _base_to_swap(kind, folder)
+    base.load_adapter(folder / "other", adapter_name="default", hotswap=True)
+    weights = torch.tensor([-0.5], dtype=torch.float64)
+    expected = other(token_ids(), routing_weights=weights).logits
+    assert_equal(base(token_ids(), routing_weights=weights).logits, expected)
+
+
+@AREA.refuses(
+    "transformers' `model.load_adapter(hotswap=True)`, other scaling",
+    "Adapter 'default' cannot be hot-swapped: ",
+    error=CheckpointError,
+    kinds=(MIXTURE,),
+)
+def _(kind: Kind, folder: Path) -> Refusal:
+    base, _ = _base_to_swap(kind, folder, lora_alpha=7)
+    return Refusal(
+        lambda: base.load_adapter(folder / "other", adapter_name="default", hotswap=True), base
+    )
+
+
+@AREA.works(
+    "transformers' `model.load_adapter(hotswap=True)`, other scaling",
+    "transformers' own: it keeps the scaling that was there",
+    kinds=(EXPLICIT,),
+)
+def _(kind: Kind, folder: Path) -> None:
+    base, _ = _base_to_swap(kind, folder, lora_alpha=7)
+    base.load_adapter(folder / "other", adapter_name="default", hotswap=True)
+    assert {layer.scaling["default"] for layer in lora_layers(base).values()} == {2.0}
+
+
+@AREA.refuses(
+    "transformers' `model.load_adapter(adapter_state_dict=)`, tensors missing",
+    "The checkpoint of mixture 'default' lacks 6 router tensors, e.g. ",
+    error=CheckpointError,
+    kinds=(MIXTURE,),
+)
+def _(kind: Kind, _folder: Path) -> Refusal:
+    state = get_peft_model_state_dict(kind.model())
+    state = {key: value for key, value in state.items() if ".lora_router." not in key}
+    base = tiny_llama().eval()
+    return Refusal(
+        lambda: base.load_adapter(
+            adapter_name="default", peft_config=kind.config(), adapter_state_dict=state
+        ),
+        base,
+    )
+
+
+@AREA.works(
+    "transformers' `model.load_adapter(adapter_state_dict=)`, tensors missing",
+    "transformers' own: a layer without tensors stays zero",
+    kinds=(EXPLICIT,),
+)
+def _(kind: Kind, _folder: Path) -> None:
+    state = get_peft_model_state_dict(kind.model())
+    state = {key: value for key, value in state.items() if ".lora_B." not in key}
+    base = tiny_llama().eval()
+    base.load_adapter(adapter_name="default", peft_config=kind.config(), adapter_state_dict=state)
+    assert_equal(kind.logits(base.eval(), experts=1), tiny_llama()(token_ids()).logits)
+
+
+@AREA.works(
+    "transformers' `model.load_adapter(adapter_state_dict=)`",
+    "equal logits to the bit",
+)
+def _(kind: Kind, _folder: Path) -> None:
+    model = kind.model()
+    model.set_adapter("default")
+    state = get_peft_model_state_dict(model)
+    base = tiny_llama().eval()
+    base.load_adapter(adapter_name="default", peft_config=kind.config(), adapter_state_dict=state)
+    assert_equal(kind.logits(base.eval(), experts=1), kind.logits(model, experts=1))
 
 
 @AREA.works(

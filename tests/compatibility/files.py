@@ -15,10 +15,10 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from peft.utils.hotswap import hotswap_adapter
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file, save_file
 
-from moelora import CheckpointError
+from moelora import CheckpointError, UnsupportedLayerError
 from tests.compatibility.registry import (
     EXPLICIT,
     MIXTURE,
@@ -171,8 +171,9 @@ def _(kind: Kind, folder: Path) -> None:
 
 @AREA.refuses(
     "`hotswap_adapter`, another rank",
-    "Configs are incompatible: for r, 2 != 1",
-    error=ValueError,
+    "Tensor 'base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight' has shape "
+    "(3, 16) in the checkpoint, but the config asks for (6, 16).",
+    error=CheckpointError,
     kinds=(MIXTURE,),
 )
 def _(kind: Kind, folder: Path) -> Refusal:
@@ -194,7 +195,7 @@ def _(kind: Kind, folder: Path) -> None:
 
 @AREA.refuses(
     "`hotswap_adapter`, tensors missing",
-    "The mixture to swap in lacks the tensor ",
+    "The checkpoint of mixture 'default' lacks 6 router tensors, e.g. ",
     error=CheckpointError,
     kinds=(MIXTURE,),
 )
@@ -219,6 +220,67 @@ def _(kind: Kind, folder: Path) -> None:
     zeros = [p for n, p in model.named_parameters() if ".v_proj.lora_A.default" in n]
     assert zeros
     assert not any(bool(parameter.any()) for parameter in zeros)
+
+
+@AREA.refuses(
+    "`prepare_model_for_compiled_hotswap(target_rank=)`",
+    "Adapter(s) ['default'] are mixtures of experts and cannot be padded to another rank.",
+    error=UnsupportedLayerError,
+    kinds=(MIXTURE,),
+)
+def _(kind: Kind, _folder: Path) -> Refusal:
+    model = kind.model()
+    return Refusal(lambda: prepare_model_for_compiled_hotswap(model, target_rank=12), model)
+
+
+@AREA.works(
+    "`prepare_model_for_compiled_hotswap(target_rank=)`",
+    "PEFT's own: padded ranks change nothing",
+    kinds=(EXPLICIT,),
+)
+def _(kind: Kind, _folder: Path) -> None:
+    model = kind.model()
+    before = kind.logits(model)
+    prepare_model_for_compiled_hotswap(model, target_rank=12)
+    assert_close(kind.logits(model), before, dtype=torch.float32)
+
+
+@AREA.works(
+    "`prepare_model_for_compiled_hotswap`",
+    "scalings as tensors change nothing; then a swap is exact",
+)
+def _(kind: Kind, folder: Path) -> None:
+    model, other = kind.model(seed=5), kind.model(seed=6)
+    before = kind.logits(model)
+    prepare_model_for_compiled_hotswap(model)
+    assert_close(kind.logits(model), before, dtype=torch.float32)
+    other.save_pretrained(folder)
+    hotswap_adapter(model, folder, "default", torch_device="cpu")
+    if kind is EXPLICIT:
+        hotswap_adapter(model, folder / "second", "second", torch_device="cpu")
+    assert_close(kind.logits(model), kind.logits(other), dtype=torch.float32)
+
+
+@AREA.refuses(
+    "`set_peft_model_state_dict` of another shape",
+    "Tensor 'base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight' has shape "
+    "(3, 16) in the checkpoint, but the config asks for (6, 16).",
+    error=CheckpointError,
+    kinds=(MIXTURE,),
+)
+@AREA.refuses(
+    "`set_peft_model_state_dict` of another shape",
+    "Error(s) in loading state_dict for PeftModelForCausalLM:",
+    error=RuntimeError,
+    kinds=(EXPLICIT,),
+)
+def _(kind: Kind, _folder: Path) -> Refusal:
+    model = kind.model()
+    state = get_peft_model_state_dict(model)
+    state = {key: value[:3] if "lora_A" in key else value for key, value in state.items()}
+    if kind is EXPLICIT:
+        state = {key: value[:1] if "lora_A" in key else value for key, value in state.items()}
+    return Refusal(lambda: set_peft_model_state_dict(model, state), model)
 
 
 @AREA.works(

@@ -61,7 +61,7 @@ def _(kind: Kind, folder: Path) -> None:
 
 
 @AREA.works("`layer_replication`", "the copies of a block have experts and routers of their own")
-def _(kind: Kind, _folder: Path) -> None:
+def _(kind: Kind, folder: Path) -> None:
     model = get_peft_model(tiny_llama(), kind.config(layer_replication=[(0, 2), (0, 1)])).eval()
     perturb(model)
     layers = lora_layers(model)
@@ -84,6 +84,7 @@ def _(kind: Kind, _folder: Path) -> None:
     own = {k: v for k, v in model.state_dict().items() if ".lora_" in k}
     expected.load_state_dict(own, strict=False)
     assert_equal(kind.logits(model, experts=1), kind.logits(expected, experts=1))
+    _round_trip(kind, model, folder)
 
 
 @AREA.works("`rank_pattern`, `alpha_pattern`", "per expert: rank and scaling of the named layers")
