@@ -13,7 +13,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import peft
 import peft.tuners.lora
@@ -81,6 +81,8 @@ WHOLE_WEIGHT_LAYERS = (MultiheadAttention, ParamWrapper)
 UNROUTABLE_VARIANTS = frozenset({"ArrowLinearVariant"})
 
 _MISSING = object()
+_Parameters: TypeAlias = tuple[str, ...] | None
+_Row: TypeAlias = tuple[Any, str, Callable[..., Any], Any, _Parameters]
 _lock = threading.RLock()
 _undo: list[Callable[[], None]] = []
 
@@ -200,16 +202,20 @@ def _patches() -> Iterator[_Patch]:
         yield _Patch(owner, name, functools.partial(wrap, replacement), parameters)
 
 
-def _table() -> Iterator[tuple[Any, str, Callable[..., Any], Any, tuple[str, ...] | None]]:
+def _table() -> Iterator[_Row]:
     """Owner, attribute, how it is wrapped, by what, and the original's leading parameters."""
     from moelora import attached, checkpoint, mixture, model
 
-    generating = [cls for cls in (PeftModel, *_subclasses(PeftModel)) if "generate" in vars(cls)]
+    generating: list[type] = [
+        cls for cls in (PeftModel, *_subclasses(PeftModel)) if "generate" in vars(cls)
+    ]
     for cls in generating:
         yield cls, "generate", _method, model.generate_with_routing, ("self",)
-    for cls in (PeftModel, PeftMixedModel, BaseTuner):
+    callers: tuple[type, ...] = (PeftModel, PeftMixedModel, BaseTuner)
+    for cls in callers:
         yield cls, "__call__", _method, model.call_with_routing, None
-    for cls in (LoraModel, PeftModel):
+    holders: tuple[type, ...] = (LoraModel, PeftModel)
+    for cls in holders:
         yield cls, "router", _added, property(attached.get_router), None
         yield cls, "moe_config", _added, property(attached.get_moe_config), None
         for method in (
@@ -218,7 +224,7 @@ def _table() -> Iterator[tuple[Any, str, Callable[..., Any], Any, tuple[str, ...
             attached.get_routing_weights,
         ):
             yield cls, method.__name__, _added, method, None
-    for name, function, parameters in (
+    methods: tuple[tuple[str, Any, _Parameters], ...] = (
         ("generate", model.generate_with_routing, None),
         ("inject_adapter", mixture.inject_adapter, None),
         (
@@ -232,7 +238,8 @@ def _table() -> Iterator[tuple[Any, str, Callable[..., Any], Any, tuple[str, ...
         ("add_weighted_adapter", mixture.add_weighted_adapter, ("self", "adapters", "weights")),
         ("subtract_mutated_init", mixture.subtract_mutated_init, ("self", "output_state_dict")),
         ("supports_lora_conversion", mixture.supports_lora_conversion, None),
-    ):
+    )
+    for name, function, parameters in methods:
         yield LoraModel, name, _method, function, parameters
     state_dict = ("cls", "model", "config", "adapter_name", "state_dict")
     for name, function in (
@@ -240,7 +247,7 @@ def _table() -> Iterator[tuple[Any, str, Callable[..., Any], Any, tuple[str, ...
         ("_remap_adapter_state_dict_for_load", checkpoint.remap_adapter_state_dict_for_load),
     ):
         yield LoraModel, name, _classmethod, function, state_dict
-    for owner, name, wrap, function, parameters in (
+    others: tuple[_Row, ...] = (
         (PeftModel, "save_pretrained", _method, checkpoint.save_pretrained, ("self",)),
         (PeftModel, "load_adapter", _method, checkpoint.load_adapter, ("self", "model_id")),
         (PeftModel, "from_pretrained", _classmethod, checkpoint.from_pretrained, ("cls", "model")),
@@ -261,8 +268,8 @@ def _table() -> Iterator[tuple[Any, str, Callable[..., Any], Any, tuple[str, ...
             ("self", "enable", "gradient_checkpointing_func"),
         ),
         (PreTrainedModel, "load_adapter", _method, checkpoint.load_adapter_into_base, ("self",)),
-    ):
-        yield owner, name, wrap, function, parameters
+    )
+    yield from others
 
 
 def _layer_patches() -> Iterator[_Patch]:

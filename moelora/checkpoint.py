@@ -150,12 +150,7 @@ def _adapter_keys(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 def _check_tensors(model: nn.Module, adapter_name: str, loaded: dict[str, Tensor]) -> None:
     expected = _adapter_keys(model, adapter_name)
     missing = [key for key in expected if key not in loaded]
-    if missing:
-        kind = "router" if any(ROUTER_KEY in key for key in missing) else "adapter"
-        raise CheckpointError(
-            f"The checkpoint of mixture {adapter_name!r} lacks {len(missing)} {kind} tensors, e.g. "
-            f"{missing[0]!r}. A missing router is not replaced by a random one."
-        )
+    _check_complete(adapter_name, missing)
     unknown = [key for key in loaded if ".lora_" in key and key not in expected]
     if unknown:
         raise CheckpointError(
@@ -164,6 +159,15 @@ def _check_tensors(model: nn.Module, adapter_name: str, loaded: dict[str, Tensor
         )
     for key, parameter in expected.items():
         _check_tensor(key, loaded[key], parameter)
+
+
+def _check_complete(adapter_name: str, missing: list[str]) -> None:
+    if missing:
+        kind = "router" if any(ROUTER_KEY in key for key in missing) else "adapter"
+        raise CheckpointError(
+            f"The checkpoint of mixture {adapter_name!r} lacks {len(missing)} {kind} tensors, e.g. "
+            f"{missing[0]!r}. A missing router is not replaced by a random one."
+        )
 
 
 def _check_tensor(key: str, loaded: Tensor, expected: Tensor) -> None:
@@ -359,12 +363,7 @@ def load_adapter_into_base(
         result = original(base, *args, **kwargs)
         plain = {key.removeprefix("base_model.model.") for key in loaded}
         expected = {_plain_key(key, name) for key in _adapter_keys(base, name)}
-        missing = sorted(expected - plain)
-        if missing:
-            raise CheckpointError(
-                f"The adapter lacks {len(missing)} tensors for this model, e.g. {missing[0]!r}. A "
-                "missing router is not replaced by a random one."
-            )
+        _check_complete(name, sorted(expected - plain))
         return result
 
 

@@ -75,6 +75,8 @@ def enable_forward_hooks(
     Raises:
         RoutingWeightsError: naming the mixtures.
     """
+    if kwargs.get("routing_weights") is not None:
+        _refuse_adapter_names(kwargs)
     names = kwargs.get("adapter_names")
     configs: dict[str, Any] = tuner.peft_config
     routed = [

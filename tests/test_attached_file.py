@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from tests.lm import (
     lora_config,
     mixture,
     mixture_config,
+    perturb,
     run_python,
     snapshot,
     tiny_llama,
@@ -411,6 +412,34 @@ def test_a_save_that_breaks_off_leaves_the_former_router(
     assert (saved / ROUTER).read_bytes() == before
     assert not [path for path in saved.rglob("*") if "tmp" in path.name]
     assert isinstance(both(saved).router, Router)
+
+
+def test_a_save_that_breaks_off_at_the_second_adapter_leaves_all_files(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, real, calls = contents(saved), peft_model.safe_save_file, []
+
+    def second_fails(*args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError("disk full")
+        real(*args, **kwargs)
+
+    monkeypatch.setattr(peft_model, "safe_save_file", second_fails)
+    model = routed(Linear())
+    perturb(model, seed=9)
+    with pytest.raises(OSError, match="disk full"):
+        model.save_pretrained(saved)
+    assert contents(saved) == before
+
+
+def test_a_plain_adapter_is_saved_beside_another_librarys_file(tmp_path: Path) -> None:
+    path = tmp_path / ROUTER
+    save_file({"weight": torch.zeros(2)}, path)
+    before = path.read_bytes()
+    get_peft_model(tiny_llama(), lora_config()).save_pretrained(tmp_path)
+    assert (tmp_path / ADAPTER).exists()
+    assert path.read_bytes() == before
 
 
 # Refused files ---------------------------------------------------------------------------------

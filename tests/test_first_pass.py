@@ -415,6 +415,20 @@ def test_merging_for_good_does_not_drop_the_routing_in_silence() -> None:
         model.merge_and_unload()
 
 
+def test_a_router_that_only_answers_lets_adapters_merge_as_ever() -> None:
+    model, expected = two_loras().eval(), two_loras().eval()
+    model.attach_router(Linear())
+    for each in (model, expected):
+        each.merge_adapter()
+    assert_equal(model(token_ids()).logits, expected(token_ids()).logits)
+
+
+def test_status_reports_count_the_router_as_no_adapter() -> None:
+    model, expected = automatic(), two_loras()
+    assert model.get_model_status().available_adapters == ["first", "second"]
+    assert len(model.get_layer_status()) == len(expected.get_layer_status())
+
+
 def test_adapter_names_and_automatic_routing_together_are_refused() -> None:
     model = automatic()
     with pytest.raises(RoutingWeightsError, match="adapter_names"):
