@@ -14,8 +14,9 @@ from moelora import _peft
 from moelora.asking import ask_router
 from moelora.binding import bind
 from moelora.config import MoELoraConfig
+from moelora.decision import MixtureSpec
 from moelora.errors import CheckpointError, UnsupportedLayerError
-from moelora.scope import ATTACHED
+from moelora.scope import ATTACHED, ATTACHED_SPEC
 
 _PENDING = "_moelora_pending_router"
 _MOE_CONFIG = "_moelora_moe_config"
@@ -64,7 +65,9 @@ def attach_router(
 
     Without ``moe_config`` the router is stored, moved and saved, and answers
     ``get_routing_weights``; with one, every forward without explicit weights routes by it: a first
-    pass without adapters gives the final hidden states, whose weights serve all layers.
+    pass without adapters gives the final hidden states, whose weights serve all layers. Of the
+    config the auxiliary loss is used (for a :class:`~moelora.Router`, which tells its logits);
+    top-k and temperature are the router's own.
 
     Args:
         model: a PEFT model with LoRA adapters, or its ``LoraModel``.
@@ -100,6 +103,8 @@ def attach_router(
     tuner._modules["router"] = router_module
     tuner.__dict__[_MOE_CONFIG] = moe_config
     tuner.model.__dict__[ATTACHED] = router_module if moe_config is not None else None
+    if moe_config is not None:
+        tuner.model.__dict__[ATTACHED_SPEC] = MixtureSpec.from_config(moe_config)
     watch_state_dicts(tuner)
     if pending:
         router_module.load_state_dict(pending)
@@ -134,6 +139,7 @@ def detach_router(model: Any) -> nn.Module | None:
     tuner.__dict__.pop(_PENDING, None)
     tuner.__dict__.pop(_MOE_CONFIG, None)
     tuner.model.__dict__.pop(ATTACHED, None)
+    tuner.model.__dict__.pop(ATTACHED_SPEC, None)
     return router
 
 

@@ -10,7 +10,15 @@ from moelora.decision import MixtureSpec
 from moelora.hooks import after_forward, before_forward, refuse_in_backbone
 from moelora.layer import mixtures_of
 from moelora.places import block_of, is_encoder_decoder, module_lists, reads_decoder
-from moelora.scope import ATTACHED, SCOPE, LayerBinding, RoutingScope, ScopedCheckpoint, scope_of
+from moelora.scope import (
+    ATTACHED,
+    ATTACHED_SPEC,
+    SCOPE,
+    LayerBinding,
+    RoutingScope,
+    ScopedCheckpoint,
+    scope_of,
+)
 from moelora.shared import bind_shared, unbind_shared
 
 
@@ -84,6 +92,7 @@ def _shared_mixtures(layer: Any) -> dict[str, MixtureSpec]:
 def unbind(base: nn.Module) -> None:
     """Remove what :func:`bind` left on the base model."""
     base.__dict__.pop(ATTACHED, None)
+    base.__dict__.pop(ATTACHED_SPEC, None)
     if base.__dict__.pop(SCOPE, None) is None:
         return
     unbind_shared(base)

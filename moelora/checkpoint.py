@@ -44,6 +44,7 @@ from moelora.router_file import (
     MIXTURE,
     ROUTER_FILE,
     check_folder_name,
+    is_ours,
     read_tensors,
     write_router_file,
 )
@@ -298,9 +299,10 @@ def _folder(save_directory: str | os.PathLike[str], adapter_name: str) -> Path:
 
 
 def _check_no_stale_router(name: str, folder: Path) -> None:
-    if (folder / ROUTER_FILE).exists():
+    path = folder / ROUTER_FILE
+    if path.exists() and is_ours(path):
         raise CheckpointError(
-            f"Adapter {name!r} has no router, but {folder / ROUTER_FILE} holds the router of "
+            f"Adapter {name!r} has no router, but {path} holds the router of "
             "another one. Save to another folder, or remove that file."
         )
 

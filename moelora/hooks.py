@@ -16,7 +16,17 @@ from moelora.auxiliary import add_auxiliary_loss
 from moelora.errors import RoutingWeightsError, UnsupportedLayerError
 from moelora.first_pass import first_pass, keep_cache
 from moelora.places import is_encoder_decoder
-from moelora.scope import ATTACHED, Frame, LayerBinding, RoutingScope, Tape, scope_of
+from moelora.router import Router
+from moelora.scope import (
+    ATTACHED,
+    ATTACHED_SPEC,
+    Frame,
+    LayerBinding,
+    RoutingScope,
+    Tape,
+    TapeEntry,
+    scope_of,
+)
 from moelora.shared import shared_routers_of
 
 _registration = threading.Lock()
@@ -141,11 +151,42 @@ def _with_model_routing(
     hidden_states, made_cache = first_pass(base, scope, args, kwargs)
     if attached is not None:
         weights = checked_weights(base, ask_router(attached, hidden_states))
+        if isinstance(attached, Router):
+            _report_attached(base, attached, hidden_states, frame)
         return replace(frame, weights=weights, first_pass_cache=made_cache)
     shared = None if routers is None else routers.decide(hidden_states, frame)
     if shared is None:
         return frame
     return replace(frame, shared={"": shared}, first_pass_cache=made_cache)
+
+
+def _report_attached(base: nn.Module, router: Router, hidden_states: Tensor, frame: Frame) -> None:
+    """Record what our own Router decided, and take its auxiliary loss in training.
+
+    Other routers return weights alone, from which neither can be told.
+    """
+    scope, spec = scope_of(base), base.__dict__[ATTACHED_SPEC]
+    training = frame.tape is not None and spec.aux_loss_coef > 0
+    if scope is None or not (scope.recorders or training):
+        return
+    routing = router.routing(hidden_states.to(router.weight.device, router.weight.dtype))
+    for recorder in scope.recorders:
+        recorder.add("model", routing)
+    if frame.tape is None or not training:
+        return
+    mask = frame.token_mask
+    fits = mask is not None and mask.shape == hidden_states.shape[:-1]
+    frame.tape.add(
+        TapeEntry(
+            layer_name="model",
+            routing=routing,
+            token_mask=mask.reshape(-1) if mask is not None and fits else None,
+            loss_type=spec.loss_type,
+            coefficient=spec.aux_loss_coef,
+            router_is_trainable=any(p.requires_grad for p in router.parameters()),
+            checkpointed=False,
+        )
+    )
 
 
 def _adapters_enabled(base: nn.Module) -> bool:

@@ -194,6 +194,8 @@ class RoutingScope:
 SCOPE = "_moelora_scope"
 #: Where a base model keeps the attached router that routes every forward, if there is one.
 ATTACHED = "_moelora_attached"
+#: The routing fields of the config that came with it.
+ATTACHED_SPEC = "_moelora_attached_spec"
 
 
 def scope_of(base: nn.Module) -> RoutingScope | None:

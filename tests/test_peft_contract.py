@@ -131,6 +131,19 @@ FUNCTIONS = [
     Function(
         layers.MultiheadAttention, "get_delta_weight", ("self", "adapter"), "constant weights"
     ),
+    Function(LoraModel, "subtract_mutated_init", ("self", "output_state_dict"), "refuses mixtures"),
+    Function(
+        peft.utils.hotswap,
+        "hotswap_adapter_from_state_dict",
+        ("model", "state_dict", "adapter_name", "config"),
+        "checks tensors before they are swapped",
+    ),
+    Function(
+        peft.utils.hotswap,
+        "_pad_lora_weights",
+        ("model", "target_rank"),
+        "refuses to pad a stack of experts",
+    ),
     # called
     Function(layers.LoraLayer, "_cast_input_dtype", ("self", "x", "dtype"), "casts as PEFT does"),
     Function(
