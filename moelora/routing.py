@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+_ROUNDING = 1e-4
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -123,12 +125,14 @@ def limit_capacity(
     tokens, num_experts = routing.router_probs.shape
     top_k = routing.selected_experts.shape[-1]
     chosen = torch.zeros_like(routing.router_probs).scatter(-1, routing.selected_experts, 1.0)
+    share = capacity_factor * top_k / num_experts
     if token_mask is None:
-        valid_tokens = torch.full((), float(tokens), device=chosen.device)
+        capacity = torch.full((), float(tokens), device=chosen.device)
     else:
         chosen = chosen * token_mask.unsqueeze(-1)
-        valid_tokens = token_mask.sum().to(chosen.dtype)
-    capacity = (capacity_factor * valid_tokens * top_k / num_experts).ceil()
+        capacity = token_mask.sum().to(chosen.dtype)
+    # a product that is a whole number but for rounding is that number
+    capacity = (capacity * share - _ROUNDING).ceil()
     position = chosen.cumsum(dim=0) - chosen
     return keep_experts(routing, keep=position < capacity)
 

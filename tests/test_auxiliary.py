@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from moelora import AuxLossError
+from tests.auxiliary import (
+    LOSS_TYPES,
+    SCOPES,
+    accumulated,
+    assert_gradients_close,
+    expected_loss,
+    expected_mean_loss,
+    gradients,
+    router_inputs,
+    scaled,
+    summed,
+    train_batch,
+    without_loss,
+)
 from tests.lm import (
     captured_inputs,
-    checkpoint_blocks,
     lora_config,
     mixture,
     mixture_config,
@@ -31,123 +40,6 @@ from tests.lm import (
     trainable,
 )
 from tests.tolerances import assert_close, assert_equal
-
-LOSS_TYPES = ["aux_loss", "switch", "z_loss"]
-SCOPES = pytest.mark.parametrize("scope", ["module", "layer", "model"])
-
-
-def expected_loss(
-    logits: Tensor, *, loss_type: str, top_k: int, mask: Tensor | None = None
-) -> Tensor:
-    """The loss of one router, written out token by token; ``logits`` are divided already."""
-    rows = [row for i, row in enumerate(logits) if mask is None or bool(mask[i])]
-    if loss_type == "z_loss":
-        return sum(row.exp().sum().log() ** 2 for row in rows) / len(rows)
-    chosen_per_token = top_k if loss_type == "aux_loss" else 1
-    experts = logits.shape[-1]
-    counts = [0] * experts
-    for row in rows:
-        for expert in sorted(range(experts), key=lambda e: -row[e].item())[:chosen_per_token]:
-            counts[expert] += 1
-    mean_probs = sum(row.exp() / row.exp().sum() for row in rows) / len(rows)
-    share = torch.tensor(counts, dtype=logits.dtype) / (len(rows) * chosen_per_token)
-    return experts * (share * mean_probs).sum()
-
-
-def expected_mean_loss(
-    model: PeftModel, inputs: dict[str, Tensor], *, mask: Tensor | None = None
-) -> Tensor:
-    """The mean over all routers, from what each of them was given and its rows."""
-    config = model.peft_config["default"]
-    losses = []
-    for name, x in inputs.items():
-        router = model.get_submodule(name).lora_router["default"]
-        logits = (x @ router.weight.T).flatten(0, -2) / config.router_temperature
-        losses.append(
-            expected_loss(
-                logits,
-                loss_type=config.load_balance_loss_type,
-                top_k=config.top_k_experts,
-                mask=None if mask is None else mask.flatten(),
-            )
-        )
-    return sum(losses) / len(losses)
-
-
-@contextmanager
-def router_inputs(model: PeftModel) -> Iterator[dict[str, Tensor]]:
-    """What each router reads in the last forward, by the name of the layer that holds it."""
-    scope = model.peft_config["default"].router_scope
-    inputs: dict[str, Tensor] = {}
-    holders = {name.rsplit(".lora_router", 1)[0] for name in router_parameters(model)}
-
-    def keep_of_block(block: nn.Module, args: tuple[Any, ...]) -> None:
-        for name in holders:
-            if any(part is model.get_submodule(name) for part in block.modules()):
-                inputs[name] = args[0]
-
-    def keep_of_model(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kept = {key: kwargs[key] for key in ("input_ids", "attention_mask") if key in kwargs}
-        with torch.no_grad():
-            plain = copy.deepcopy(model).unload().model
-            (name,) = holders
-            inputs[name] = plain(**kept).last_hidden_state
-
-    if scope == "module":
-        with captured_inputs(model) as found:
-            yield found
-        return
-    base = model.get_base_model()
-    if scope == "layer":
-        hooks = [block.register_forward_pre_hook(keep_of_block) for block in base.model.layers]
-    else:
-        hooks = [base.register_forward_pre_hook(keep_of_model, with_kwargs=True, prepend=True)]
-    try:
-        yield inputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
-    """Gradients of all trainable parameters, zeros where there is none."""
-    parameters = list(trainable(model).values())
-    found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
-    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
-
-
-def assert_gradients_close(actual: list[Tensor], expected: list[Tensor]) -> None:
-    """Compare gradients that passed transformers' norms and losses, which compute in float32."""
-    assert_close(actual, expected, dtype=torch.float32)
-
-
-def accumulated(model: nn.Module) -> list[Tensor]:
-    """What backward left in ``.grad``."""
-    return [torch.zeros_like(p) if p.grad is None else p.grad for p in trainable(model).values()]
-
-
-def scaled(tensors: list[Tensor], factor: float) -> list[Tensor]:
-    return [factor * tensor for tensor in tensors]
-
-
-def summed(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
-    return [a + b for a, b in zip(first, second, strict=True)]
-
-
-def train_batch(rows: int = 2, length: int = 7, *, seed: int = 2) -> dict[str, Tensor]:
-    ids = token_ids(rows, length, seed=seed)
-    return {"input_ids": ids, "labels": ids.clone()}
-
-
-def without_loss(model: PeftModel) -> PeftModel:
-    """The same model with the auxiliary loss switched off."""
-    other = copy.deepcopy(model)
-    for module in other.modules():
-        if "moe_mixtures" in module.__dict__:
-            spec = module.moe_mixtures["default"]
-            module.moe_mixtures["default"] = type(spec)(**{**vars(spec), "aux_loss_coef": 0.0})
-    return other
-
 
 # Value -----------------------------------------------------------------------------------------
 
@@ -372,106 +264,6 @@ def test_two_active_mixtures_share_one_loss_over_all_their_experts() -> None:
         logits = (x @ rows.T).flatten(0, -2) / 2.0
         losses.append(expected_loss(logits, loss_type="aux_loss", top_k=2))
     assert_close(output.aux_loss, sum(losses) / len(losses))
-
-
-# Gradient checkpointing --------------------------------------------------------------------
-
-
-@SCOPES
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("with_labels", [True, False])
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_checkpointing_changes_no_gradient(
-    loss_type: str, with_labels: bool, use_reentrant: bool, scope: str
-) -> None:
-    model = mixture(
-        load_balance_loss_type=loss_type, router_aux_loss_coef=0.25, router_scope=scope
-    ).train()
-    plain = copy.deepcopy(model)
-    checkpoint_blocks(model, use_reentrant=use_reentrant)
-    for each in (model, plain):
-        if with_labels:
-            each(**train_batch()).loss.backward()
-        else:
-            each(input_ids=token_ids()).logits.square().mean().backward()
-    assert_gradients_close(accumulated(model), accumulated(plain))
-
-
-@SCOPES
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_two_checkpointed_forwards_before_one_backward_count_each_once(
-    use_reentrant: bool, scope: str
-) -> None:
-    model = mixture(router_aux_loss_coef=0.25, router_scope=scope).train()
-    plain = copy.deepcopy(model)
-    checkpoint_blocks(model, use_reentrant=use_reentrant)
-    for each in (model, plain):
-        first = each(**train_batch(seed=3)).loss
-        second = each(**train_batch(seed=4)).loss
-        (first + 3 * second).backward()
-    assert_gradients_close(accumulated(model), accumulated(plain))
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_the_scale_of_the_loss_reaches_recomputed_routers(use_reentrant: bool) -> None:
-    model = mixture(router_aux_loss_coef=0.25).train()
-    plain = copy.deepcopy(model)
-    checkpoint_blocks(model, use_reentrant=use_reentrant)
-    for each in (model, plain):
-        loss = each(**train_batch(), num_items_in_batch=torch.tensor(30)).loss
-        (1024.0 * loss).backward()
-    assert_close(
-        scaled(accumulated(model), 2.0**-10),
-        scaled(accumulated(plain), 2.0**-10),
-        dtype=torch.float32,
-    )
-
-
-@SCOPES
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_changes_no_value(use_reentrant: bool, scope: str) -> None:
-    model = mixture(router_scope=scope).train()
-    plain = model(**train_batch())
-    checkpoint_blocks(model, use_reentrant=use_reentrant)
-    output = model(**train_batch())
-    assert_close([output.loss, output.aux_loss], [plain.loss, plain.aux_loss])
-
-
-@SCOPES
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_padding_counts_nowhere_in_a_recomputation(use_reentrant: bool, scope: str) -> None:
-    model = mixture(router_aux_loss_coef=0.25, router_scope=scope).train()
-    plain = copy.deepcopy(model)
-    checkpoint_blocks(model, use_reentrant=use_reentrant)
-    mask = torch.ones(2, 7, dtype=torch.long)
-    mask[1, :3] = 0
-    for each in (model, plain):
-        each(**train_batch(), attention_mask=mask).loss.backward()
-    assert_gradients_close(accumulated(model), accumulated(plain))
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_adapters_outside_of_checkpointed_blocks_keep_their_share(use_reentrant: bool) -> None:
-    model = mixture(target_modules=["q_proj", "lm_head"], router_aux_loss_coef=0.25).train()
-    plain = copy.deepcopy(model)
-    checkpoint_blocks(model, use_reentrant=use_reentrant)
-    for each in (model, plain):
-        each(**train_batch()).loss.backward()
-    assert_gradients_close(accumulated(model), accumulated(plain))
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_frozen_routers_pass_the_same_gradient_on_under_checkpointing(
-    use_reentrant: bool,
-) -> None:
-    model = mixture(router_aux_loss_coef=5.0).train()
-    for parameter in router_parameters(model).values():
-        parameter.requires_grad_(False)
-    plain = copy.deepcopy(model)
-    checkpoint_blocks(model, use_reentrant=use_reentrant)
-    for each in (model, plain):
-        each(**train_batch()).loss.backward()
-    assert_gradients_close(accumulated(model), accumulated(plain))
 
 
 # Where the model computes no loss ------------------------------------------------------------
