@@ -83,7 +83,38 @@ def main() -> int:
         results.append(dict(_read(junit)))
         counts = dict(Counter(result.outcome for result in results[-1].values()))
         print(f"{name}: {counts} in {time.monotonic() - started:.0f} s; see {junit}", flush=True)
+    again = changed_tests(*results)
+    if again:
+        print(f"running {len(again)} changed tests again, without and with moelora", flush=True)
+        for name, result in zip(("stock", "moelora"), results, strict=True):
+            junit = arguments.cache / "again" / f"{name}.xml"
+            junit.parent.mkdir(exist_ok=True)
+            run(source, hub, [node_of(test) for test in again], junit, workers=1)
+            result.update(_read(junit))
     return report(*results)
+
+
+def changed_tests(stock: dict[str, Result], plugin: dict[str, Result]) -> list[str]:
+    """Tests whose outcome differs; a result that does not repeat is chance, not a change.
+
+    Args:
+        stock: test id -> its result without moelora.
+        plugin: the same with moelora.
+    """
+    return sorted(
+        test for test in stock.keys() & plugin.keys() if stock[test].outcome != plugin[test].outcome
+    )
+
+
+def node_of(test: str) -> str:
+    """The name under which pytest runs a test of the junit file, below the tests' folder.
+
+    Args:
+        test: ``tests.<module>[.<Class>]::<name>``.
+    """
+    where, _, name = test.partition("::")
+    _, module, *classes = where.split(".")
+    return "::".join([f"{module}.py", *classes, name])
 
 
 def fetch_source(cache: Path) -> Path:
