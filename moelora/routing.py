@@ -134,7 +134,7 @@ def limit_capacity(
     # a product that is a whole number but for rounding is that number
     capacity = (capacity * share - _ROUNDING).ceil()
     position = chosen.cumsum(dim=0) - chosen
-    return keep_experts(routing, keep=position < capacity)
+    return keep_experts(routing, keep=position < capacity, among=chosen > 0)
 
 
 def drop_experts(routing: Routing, *, probability: float) -> Routing:
@@ -149,21 +149,35 @@ def drop_experts(routing: Routing, *, probability: float) -> Routing:
     return keep_experts(routing, keep=keep)
 
 
-def keep_experts(routing: Routing, *, keep: Bool[Tensor, "tokens experts"]) -> Routing:
-    """Zero the weights outside ``keep``; those that stay are scaled to the sum they had together.
+def keep_experts(
+    routing: Routing,
+    *,
+    keep: Bool[Tensor, "tokens experts"],
+    among: Bool[Tensor, "tokens experts"] | None = None,
+) -> Routing:
+    """Take the experts outside ``keep`` away; those that stay share the token as if chosen alone.
 
-    A token that keeps none has only zeros. For one expert per token there is no rest to scale: its
-    weight is kept or lost.
+    Their weights are the softmax of their logits, which is the renormalised weight, without the
+    division: a token may lose an expert of weight nearly 1 and keep one whose weight is too small
+    to divide by. A token that keeps none has only zeros. With one expert per token there is nothing
+    to share: its weight is kept or lost.
+
+    Args:
+        routing: the decision so far.
+        keep: the experts that may stay.
+        among: the experts the token has; those of weight above 0 by default.
 
     Example:
         >>> routing = top_k_routing(torch.zeros(1, 2), top_k=2)
         >>> keep_experts(routing, keep=torch.tensor([[True, False]])).routing_weights
         tensor([[1., 0.]])
     """
-    before = routing.routing_weights
-    kept = before * keep
-    if routing.selected_experts.shape[-1] > 1:
-        kept_sum = kept.sum(dim=-1, keepdim=True)
-        safe_sum = torch.where(kept_sum > 0, kept_sum, torch.ones_like(kept_sum))
-        kept = kept * (before.sum(dim=-1, keepdim=True) / safe_sum)
-    return Routing(routing.router_logits, routing.router_probs, kept, routing.selected_experts)
+    if routing.selected_experts.shape[-1] == 1:
+        weights = routing.routing_weights * keep
+    else:
+        kept = keep & (routing.routing_weights > 0 if among is None else among)
+        has_any = kept.any(dim=-1, keepdim=True)
+        # a row of -inf alone would give NaN; its result is 0 whatever stands in it
+        logits = routing.router_logits.masked_fill(~kept & has_any, float("-inf"))
+        weights = logits.softmax(dim=-1) * kept
+    return Routing(routing.router_logits, routing.router_probs, weights, routing.selected_experts)

@@ -245,3 +245,13 @@ def test_functions_write_to_no_argument() -> None:
     drop_experts(routing, probability=0.5)
     share_while_immature(routing, torch.tensor([True, False, True]))
     assert_equal(list(vars(routing).values()), list(vars(before).values()))
+
+
+def test_losing_an_expert_of_weight_nearly_one_leaves_finite_gradients() -> None:
+    # the expert that is kept has weight exp(-80): its square is no float32
+    logits = torch.tensor([[0.0, 80.0, -5.0], [-5.0, 80.0, 0.0]], requires_grad=True)
+    routing = limit_capacity(top_k_routing(logits, top_k=2), capacity_factor=0.5)
+    assert routing.routing_weights[1].tolist() == [0.0, 0.0, 1.0]
+    (routing.routing_weights * torch.arange(6.0).reshape(2, 3)).sum().backward()
+    assert logits.grad is not None
+    assert bool(torch.isfinite(logits.grad).all())
