@@ -31,9 +31,8 @@ from tests.lm import (
     two_loras,
 )
 from tests.test_attached import AUTOMATIC, Linear
-from tests.test_checkpoint import (
-    ADAPTER,
-    ROUTER,
+from tests.test_checkpoint import ADAPTER, ROUTER
+from tests.test_checkpoint_damage import (
     a_directory,
     edit_header,
     edit_tensors,

@@ -34,7 +34,8 @@ from tests.lm import (
     two_loras,
 )
 from tests.test_attached import AUTOMATIC, Linear
-from tests.test_checkpoint import ADAPTER, CONFIG, ROUTER, edit_header, truncate
+from tests.test_checkpoint import ADAPTER, CONFIG, ROUTER
+from tests.test_checkpoint_damage import edit_header, truncate
 from tests.tolerances import assert_equal
 
 REPO = "someone/skill"

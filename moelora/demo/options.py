@@ -35,7 +35,7 @@ class DemoOptions:
     out: Path
     model: str | None = None
     data: Path | None = None
-    steps: int = 60
+    steps: int = 90
     experts: int = 4
     top_k: int = 2
     rank: int = 8
