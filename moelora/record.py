@@ -16,10 +16,11 @@ class RoutingRecord:
 
     Attributes:
         routing: one :class:`~moelora.routing.Routing` per routed layer, tokens flattened
-            ``batch * seq``, without graph. Replaced at each forward, so memory stays bounded.
+            ``batch * seq``. Replaced at each forward, so memory stays bounded.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep_graph: bool = False) -> None:
+        self.keep_graph = keep_graph
         self.routing: dict[str, Routing] = {}
 
     def begin_forward(self) -> None:
@@ -28,15 +29,16 @@ class RoutingRecord:
 
     def add(self, layer_name: str, routing: Routing) -> None:
         """Keep one layer's decision."""
-        self.routing[layer_name] = routing.detach()
+        self.routing[layer_name] = routing if self.keep_graph else routing.detach()
 
 
 @contextmanager
-def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
+def record_routing(model: nn.Module, *, keep_graph: bool = False) -> Iterator[RoutingRecord]:
     """Record what the routers of ``model`` decide while the block runs.
 
     Args:
         model: a PEFT model with LoRA adapters, or the model they were injected into.
+        keep_graph: keep the tensors' graph, for a loss of your own; it lives as long as the record.
 
     Yields:
         The record; it stays readable after the block.
@@ -49,7 +51,7 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
         raise UnsupportedLayerError(
             f"{type(model).__name__} has no LoRA adapters whose routing could be recorded."
         )
-    record = RoutingRecord()
+    record = RoutingRecord(keep_graph=keep_graph)
     scope.recorders.append(record)
     try:
         yield record

@@ -225,3 +225,13 @@ def test_plain_loras_record_nothing_and_are_not_refused() -> None:
     with record_routing(model) as record:
         model(token_ids())
     assert record.routing == {}
+
+
+def test_the_graph_is_kept_only_when_asked_for() -> None:
+    model = mixture().train()
+    with record_routing(model) as plain, record_routing(model, keep_graph=True) as graph:
+        model(token_ids())
+    assert not any(routing.router_probs.requires_grad for routing in plain.routing.values())
+    sum(routing.router_probs.square().sum() for routing in graph.routing.values()).backward()
+    routers = [p for name, p in model.named_parameters() if "lora_router" in name]
+    assert all(p.grad is not None and bool(p.grad.any()) for p in routers)
