@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# arguments of the demo, e.g. make demo DEMO_ARGS="--steps 20 --out /tmp/demo"
+# arguments of the demo, e.g. make demo DEMO_ARGS="--steps 20 --out my-demo"
 DEMO_ARGS ?=
 # arguments of pytest, e.g. make test TEST_ARGS="tests/test_losses.py -k switch"
 TEST_ARGS ?=

@@ -104,7 +104,8 @@ def before_forward(
     outer = scope.top
     if outer is not None and outer.adapters_off:
         return None
-    if not kwargs.keys() <= scope.known_arguments:
+    # looked at once per argument name; a traced forward must not look, it cannot be traced
+    if not torch.compiler.is_compiling() and not kwargs.keys() <= scope.known_arguments:
         _check_misspelt(base, scope, kwargs)
     # entered first: should a check below raise, the closing hook still runs and leaves this frame
     scope.push(Frame(is_forward=True))
@@ -144,9 +145,9 @@ def _with_model_routing(
     """Let a router over the whole model decide, by the hidden states of a first pass."""
     scope, routers = scope_of(base), shared_routers_of(base)
     attached: nn.Module | None = base.__dict__.get(ATTACHED)
-    if scope is None or not _adapters_enabled(base):
+    if scope is None or (attached is None and (routers is None or not routers.active())):
         return frame
-    if attached is None and (routers is None or not routers.active()):
+    if not _adapters_enabled(base):
         return frame
     hidden_states, made_cache = first_pass(base, scope, args, kwargs)
     if attached is not None:
