@@ -56,7 +56,7 @@ $(VENV)/.demo-installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.test-installed: $(VENV)/.demo-installed
-	$(INSTALL) -e '.[demo,test,dev]'
+	$(INSTALL) -e '.[demo,test,dev,integrations,docs,plots]'
 	@touch $@
 
 # PEFT's own tests with and without moelora, compared test by test (PEFT_TEST_ARGS=--quick, ...).
