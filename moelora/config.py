@@ -34,6 +34,7 @@ ROUTING_FIELDS = (
     "load_balance_loss_type",
     "router_scope",
     "fixed_routing_weights",
+    "joins_mixture",
 )
 # LoRA options whose meaning is that of one always-on update of the base weight, or that keep
 # parameters which a stack of experts cannot share.
@@ -88,6 +89,10 @@ class MoELoraConfig(LoraConfig):
             input; ``"layer"``, one per transformer block that reads the block's input; ``"model"``,
             one that reads the final hidden states of a first pass without adapters (two passes).
         fixed_routing_weights: the weights of ``router_type="fixed"``; None for uniform.
+        joins_mixture: this adapter's experts are made to join those of the other active adapters,
+            with whose router logits its own are concatenated. It may then hold a single expert
+            (which is not routed while it is active alone), ``top_k_experts`` counts over all of
+            them, and one that comes later starts immature.
         moelora_format: version of the saved format.
 
     Raises:
@@ -111,6 +116,7 @@ class MoELoraConfig(LoraConfig):
     load_balance_loss_type: LoadBalanceLossType = field(default="aux_loss")
     router_scope: RouterScope = field(default="module")
     fixed_routing_weights: list[float] | None = field(default=None)
+    joins_mixture: bool = field(default=False)
     moelora_format: int = field(default=FORMAT_VERSION)
 
     def __post_init__(self) -> None:
@@ -156,6 +162,9 @@ def _check_flags(config: MoELoraConfig) -> None:
     use_moe_routing: Any = config.use_moe_routing
     if not isinstance(use_moe_routing, bool):
         _fail("use_moe_routing", use_moe_routing, "True or False")
+    joins_mixture: Any = config.joins_mixture
+    if not isinstance(joins_mixture, bool):
+        _fail("joins_mixture", joins_mixture, "True or False")
     choices: dict[str, Any] = {
         "router_type": RouterType,
         "router_scope": RouterScope,
@@ -166,16 +175,22 @@ def _check_flags(config: MoELoraConfig) -> None:
         value: Any = getattr(config, name)
         if not isinstance(value, str) or value not in allowed:
             _fail(name, value, f"one of {', '.join(map(repr, allowed))}")
+    if config.joins_mixture and config.router_type == "fixed":
+        raise ConfigError(
+            "joins_mixture=True needs a learned router, got router_type='fixed': constant weights "
+            "are not concatenated."
+        )
 
 
 def _check_counts(config: MoELoraConfig) -> None:
-    least = 2 if config.use_moe_routing else 1
-    suffix = " when use_moe_routing=True" if config.use_moe_routing else ""
+    is_whole = config.use_moe_routing and not config.joins_mixture
+    least = 2 if is_whole else 1
+    suffix = " when use_moe_routing=True" if is_whole else ""
     if not is_int(config.num_experts) or not least <= config.num_experts <= MAX_EXPERTS:
         _fail("num_experts", config.num_experts, f"an integer in [{least}, {MAX_EXPERTS}]{suffix}")
     if not is_int(config.top_k_experts) or config.top_k_experts < 1:
         _fail("top_k_experts", config.top_k_experts, "an integer of at least 1")
-    if config.use_moe_routing and config.top_k_experts > config.num_experts:
+    if is_whole and config.top_k_experts > config.num_experts:
         _fail(
             "top_k_experts",
             config.top_k_experts,

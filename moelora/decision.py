@@ -86,7 +86,7 @@ def decide(
     """Let all routers decide together over all their experts, and report what they decided.
 
     Each mixture's temperature divides its own logits; top-k, capacity, dropout and loss are those
-    of the first one.
+    of the first one. Top-k is at most the number of experts.
 
     Args:
         inputs: what the routers read, ``(..., features)`` or token ids ``(...)``.
@@ -105,7 +105,8 @@ def decide(
         router(inputs).reshape(-1, router.num_experts) / router_spec.temperature
         for router, router_spec in routers
     ]
-    routing = top_k_routing(torch.cat(logits, dim=-1), top_k=spec.top_k)
+    top_k = min(spec.top_k, sum(router.num_experts for router, _ in routers))
+    routing = top_k_routing(torch.cat(logits, dim=-1), top_k=top_k)
     if training and spec.capacity_factor is not None:
         routing = limit_capacity(
             routing, capacity_factor=spec.capacity_factor, token_mask=token_mask

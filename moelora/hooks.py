@@ -23,6 +23,7 @@ from moelora.scope import (
     Frame,
     LayerBinding,
     RoutingScope,
+    SharedRouting,
     Tape,
     TapeEntry,
     scope_of,
@@ -149,6 +150,8 @@ def _with_model_routing(
         return frame
     if not _adapters_enabled(base):
         return frame
+    if attached is None and routers is not None and not routers.chooses():
+        return replace(frame, shared={"": SharedRouting(None, {})})
     hidden_states, made_cache = first_pass(base, scope, args, kwargs)
     if attached is not None:
         weights = checked_weights(base, ask_router(attached, hidden_states))

@@ -184,7 +184,7 @@ def _explicit_weights(
 
 
 def _routed_weights(layer: Any, x: Tensor, frame: Frame | None) -> dict[str, Tensor | None]:
-    """Weights by the layer's routers; a plain adapter is a shared expert of weight 1."""
+    """Weights by the layer's routers; a plain adapter, or a lone expert, has none: it is on."""
     mixtures = mixtures_of(layer)
     own = _own_adapters(layer)
     weight_of: dict[str, Tensor | None] = dict.fromkeys(own)
@@ -202,12 +202,16 @@ def _routed_weights(layer: Any, x: Tensor, frame: Frame | None) -> dict[str, Ten
             f"{_name(layer)!r}: their routers decide over different inputs."
         )
     if scopes == ["module"]:
+        if sum(mixtures[adapter].num_experts for adapter in routers) == 1:
+            return weight_of
         routing = _route(layer, x, routers, frame)
         weights = routing.routing_weights
         per_token = weights.reshape(*_lead(layer, x), weights.shape[-1])
         columns = consecutive_columns({a: mixtures[a].num_experts for a in routers})
     else:
         shared = _shared_routing(layer, scopes[0], frame)
+        if shared.weights is None:
+            return weight_of
         per_token = align_routing_weights(
             shared.weights.to(x.device), _lead(layer, x), layer_name=_name(layer), frame=frame
         )

@@ -112,7 +112,9 @@ def create_and_replace(
     if lora_config.has_router:
         features = _router_features(tuner, lora_config, kwargs.get("current_key", target_name))
         if features is not None:
-            _add_router(layer, adapter_name, lora_config, features)
+            router = _add_router(layer, adapter_name, lora_config, features)
+            if router.mature is not None and _comes_later(tuner, adapter_name, lora_config):
+                nn.init.zeros_(router.mature)
 
 
 def _stacked_config(config: MoELoraConfig) -> MoELoraConfig:
@@ -175,7 +177,15 @@ def _router_features(tuner: Any, config: MoELoraConfig, name: str) -> int | None
     return hidden_size_of(tuner.model)
 
 
-def _add_router(layer: Any, adapter_name: str, config: MoELoraConfig, features: int) -> None:
+def _comes_later(tuner: Any, adapter_name: str, config: MoELoraConfig) -> bool:
+    """Whether an adapter joins others that are routed already; a saved one keeps its maturity."""
+    others = [name for name in tuner.peft_config if name != adapter_name]
+    return config.joins_mixture and any(_has_router(tuner, name) for name in others)
+
+
+def _add_router(
+    layer: Any, adapter_name: str, config: MoELoraConfig, features: int
+) -> ModuleRouter:
     is_embedding = adapter_name in layer.lora_embedding_A
     weight = (
         layer.lora_embedding_A[adapter_name] if is_embedding else layer.lora_A[adapter_name].weight
@@ -194,6 +204,7 @@ def _add_router(layer: Any, adapter_name: str, config: MoELoraConfig, features: 
         router = router.to(device=weight.device, dtype=weight.dtype)
     layer.lora_router[adapter_name] = router
     layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
+    return router
 
 
 def mark_mature(

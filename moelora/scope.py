@@ -75,11 +75,11 @@ class SharedRouting:
     """Weights that one router gives to many layers.
 
     Attributes:
-        weights: ``(batch, seq, experts)``.
+        weights: ``(batch, seq, experts)``; None where a single expert serves every token.
         columns: each mixture's first and last-but-one column, by adapter name.
     """
 
-    weights: Tensor
+    weights: Tensor | None
     columns: dict[str, tuple[int, int]]
 
 

@@ -32,6 +32,8 @@ class SharedRouters:
     def decide(self, hidden_states: Tensor, frame: Frame) -> SharedRouting | None:
         """Let the active mixtures' routers decide; None if there are none or they are disabled.
 
+        A single expert has nothing to be chosen from: no router reads anything then.
+
         Args:
             hidden_states: ``(batch, seq, hidden)``.
             frame: the current forward.
@@ -39,6 +41,8 @@ class SharedRouters:
         active = self.active()
         if not active:
             return None
+        if not self.chooses():
+            return SharedRouting(None, {})
         specs = {adapter: mixtures_of(host)[adapter] for adapter, host in active.items()}
         first = next(iter(active.values()))
         device = first.lora_router[next(iter(active))].weight.device
@@ -58,6 +62,11 @@ class SharedRouters:
         weights = weights.reshape(*hidden_states.shape[:-1], weights.shape[-1])
         columns = consecutive_columns({a: spec.num_experts for a, spec in specs.items()})
         return SharedRouting(weights, columns)
+
+    def chooses(self) -> bool:
+        """Whether more than one expert is active."""
+        hosts = self.active().items()
+        return sum(mixtures_of(host)[adapter].num_experts for adapter, host in hosts) > 1
 
     def active(self) -> dict[str, Any]:
         """The hosts of active mixtures, in the order of ``active_adapters``."""

@@ -49,6 +49,7 @@ DEFAULTS: dict[str, object] = {
     "load_balance_loss_type": "aux_loss",
     "router_scope": "module",
     "fixed_routing_weights": None,
+    "joins_mixture": False,
 }
 
 
