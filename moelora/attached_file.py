@@ -19,6 +19,7 @@ from moelora.attached import (
 )
 from moelora.config import DISK_PEFT_TYPE, MoELoraConfig
 from moelora.errors import CheckpointError
+from moelora.gate_router import GateRouter
 from moelora.router import Router
 from moelora.router_file import (
     ATTACHED,
@@ -28,6 +29,11 @@ from moelora.router_file import (
     read_router_file,
     write_router_file,
 )
+
+#: Routers that the file's header describes completely, by the name it gives them.
+_MADE: dict[str | None, type[Router]] = {
+    f"{cls.__module__}.{cls.__qualname__}": cls for cls in (Router, GateRouter)
+}
 
 
 def has_attached(model: Any) -> bool:
@@ -102,7 +108,7 @@ def save_attached(model: Any, folder: Path, state_dict: dict[str, Tensor] | None
     extra = {}
     if router is not None:
         extra["router_class"] = f"{type(router).__module__}.{type(router).__qualname__}"
-    if type(router) is Router:
+    if isinstance(router, Router) and type(router) in _MADE.values():
         extra["router_config"] = json.dumps(router.config())
     config = get_moe_config(model)
     if config is not None:
@@ -139,7 +145,8 @@ def restore_attached(
     config = _moe_config(path, file.metadata.get("moe_config"))
     attached = get_router(model) if router is None else None
     made = None
-    if router is None and attached is None and "router_config" in file.metadata:
+    described = file.metadata.get("router_class") in _MADE and "router_config" in file.metadata
+    if router is None and attached is None and described:
         made = _made_router(path, file)
     target = router or attached or made
     if target is None:
@@ -174,7 +181,9 @@ def _made_router(path: Path, file: RouterFile) -> Router:
     """A Router after the header, without memory: it takes the file's tensors as they are."""
     try:
         with torch.device("meta"):
-            return Router(**json.loads(file.metadata["router_config"]))
+            return _MADE[file.metadata["router_class"]](
+                **json.loads(file.metadata["router_config"])
+            )
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{path}: its header describes no Router: {error}.") from error
 
