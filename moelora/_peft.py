@@ -37,6 +37,7 @@ from peft.utils import (
     WEIGHTS_NAME,
     PeftType,
     hotswap,
+    transformers_weight_conversion,
 )
 from peft.utils.other import _get_submodules as get_submodules
 from transformers import PreTrainedModel
@@ -204,7 +205,7 @@ def _patches() -> Iterator[_Patch]:
 
 def _table() -> Iterator[_Row]:
     """Owner, attribute, how it is wrapped, by what, and the original's leading parameters."""
-    from moelora import attached, checkpoint, mixture, model
+    from moelora import attached, checkpoint, fused_experts, mixture, model
 
     generating: list[type] = [
         cls for cls in (PeftModel, *_subclasses(PeftModel)) if "generate" in vars(cls)
@@ -253,6 +254,13 @@ def _table() -> Iterator[_Row]:
         (PeftModel, "from_pretrained", _classmethod, checkpoint.from_pretrained, ("cls", "model")),
         (MixedModel, "_check_new_adapter_config", _method, mixture.check_mixed_config, ("self",)),
         (hotswap, "_pad_lora_weights", _function, mixture.pad_lora_weights, ("model",)),
+        (
+            transformers_weight_conversion,
+            "convert_peft_config_for_transformers",
+            _function,
+            fused_experts.convert_config,
+            ("peft_config", "model", "conversions"),
+        ),
         (
             hotswap,
             "hotswap_adapter_from_state_dict",
