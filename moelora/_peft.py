@@ -30,7 +30,7 @@ from peft.tuners.lora.layer import (
 )
 from peft.tuners.lora.layer import _ConvNd as ConvLayer
 from peft.tuners.mixed import MixedModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import (
     CONFIG_NAME,
     SAFETENSORS_WEIGHTS_NAME,
@@ -40,6 +40,7 @@ from peft.utils import (
     transformers_weight_conversion,
 )
 from peft.utils.other import _get_submodules as get_submodules
+from peft.utils.other import get_pattern_key
 from transformers import PreTrainedModel
 
 from moelora.errors import IncompatiblePeftError
@@ -65,6 +66,8 @@ __all__ = [
     "PeftConfig",
     "PeftMixedModel",
     "PeftModel",
+    "check_target_module_exists",
+    "get_pattern_key",
     "get_peft_model",
     "get_submodules",
     "install",
@@ -222,6 +225,7 @@ def _table() -> Iterator[_Row]:
         for method in (
             attached.attach_router,
             attached.detach_router,
+            attached.has_router,
             attached.get_routing_weights,
         ):
             yield cls, method.__name__, _added, method, None
@@ -281,12 +285,21 @@ def _table() -> Iterator[_Row]:
 
 
 def _layer_patches() -> Iterator[_Patch]:
-    """The forward of every LoRA layer class, of those to come too, and the merged weight."""
+    """The forward of every LoRA layer class, of those to come too, and the merged weight.
+
+    And activating adapters, which leaves frozen ones frozen.
+    """
+    from moelora import frozen
+
     for layer_class in [LoraLayer, *_subclasses(LoraLayer)]:
         if issubclass(layer_class, AdaLoraLayer):
             continue
         yield from _patches_of_layer_class(layer_class)
     yield _Patch(LoraLayer, "__init_subclass__", _init_subclass, None)
+    make = functools.partial(_method, frozen.set_adapter)
+    yield _Patch(LoraLayer, "set_adapter", make, ("self", "adapter_names"))
+    make = functools.partial(_method, frozen.delete_adapter)
+    yield _Patch(LoraLayer, "delete_adapter", make, ("self", "adapter_name"))
 
 
 def _patches_of_layer_class(layer_class: type) -> Iterator[_Patch]:

@@ -51,6 +51,11 @@ def get_router(model: Any) -> nn.Module | None:
     return router
 
 
+def has_router(model: Any) -> bool:
+    """Whether a router is attached."""
+    return get_router(model) is not None
+
+
 def get_moe_config(model: Any) -> MoELoraConfig | None:
     """The config that came with the attached router, or None."""
     tuner = _inner(model)

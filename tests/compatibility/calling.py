@@ -153,9 +153,16 @@ def _(kind: Kind, _folder: Path) -> None:
 
 
 @AREA.works(
-    "`attach_router`, `detach_router`, `get_routing_weights`",
+    "`attach_router`, `detach_router`, `has_router`, `get_routing_weights`",
     "a router beside the adapters, asked or routing by itself",
-    covers=both("attach_router", "detach_router", "get_routing_weights", "router", "moe_config"),
+    covers=both(
+        "attach_router",
+        "detach_router",
+        "get_routing_weights",
+        "has_router",
+        "moe_config",
+        "router",
+    ),
 )
 def _(kind: Kind, _folder: Path) -> None:
     model = kind.model()
@@ -172,7 +179,9 @@ def _(kind: Kind, _folder: Path) -> None:
         hidden = torch.randn(2, 7, 16, dtype=torch.float64)
         assert_equal(owner.get_routing_weights(hidden), router(hidden))
         assert_equal(kind.logits(model), before)
+        assert owner.has_router()
         assert owner.detach_router() is router
+        assert not owner.has_router()
         assert model.router is None
         owner.attach_router(router, config)
         assert model.moe_config is model.base_model.moe_config is config
