@@ -1,0 +1,50 @@
+"""Matrix products with the accuracy and the passes that the fused layers need."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# torch 2.8: the first whose half-precision products can give float32 results
+_HAS_OUT_DTYPE = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)
+
+
+def wide_mm(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` with a result in at least float32: half-precision inputs, no rounding of the sum.
+
+    Example:
+        >>> wide_mm(torch.ones(1, 2).bfloat16(), torch.ones(2, 1).bfloat16())
+        tensor([[2.]])
+    """
+    if a.dtype not in (torch.bfloat16, torch.float16):
+        return a @ b
+    if a.is_cuda and _HAS_OUT_DTYPE:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, *, is_conv1d: bool) -> Tensor:
+    """What the frozen layer gives, flattened to ``(tokens, d_out)``, by the layer's own call.
+
+    Args:
+        x: ``(*batch, d_in)``.
+        weight: ``(d_out, d_in)``, or ``(d_in, d_out)`` of transformers' ``Conv1D``.
+        bias: ``(d_out,)`` or None; a ``Conv1D`` always has one.
+        is_conv1d: which of the two.
+
+    Example:
+        >>> base_product(torch.ones(1, 1, 2), torch.ones(3, 2), None, is_conv1d=False)
+        tensor([[2., 2., 2.]])
+    """
+    if is_conv1d and bias is not None:
+        return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight)
+    return F.linear(x, weight, bias).reshape(-1, weight.shape[0])
+
+
+def base_gradient(grad: Tensor, weight: Tensor, *, is_conv1d: bool) -> Tensor:
+    """The gradient of ``x`` through the frozen layer, ``(tokens, d_in)``.
+
+    Example:
+        >>> base_gradient(torch.ones(1, 3), torch.ones(3, 2), is_conv1d=False)
+        tensor([[3., 3.]])
+    """
+    return grad @ (weight.t() if is_conv1d else weight)

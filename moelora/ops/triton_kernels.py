@@ -1,0 +1,480 @@
+"""Triton kernels of a routed mixture. Their meaning is defined by ``ops/reference.py``.
+
+``z`` is what one product of the input gives: ``[tokens, ranks + splits * padded experts]``, float32;
+first ``A x``, then the router's scores. A float32 router row meets a bfloat16 input as the sum of
+three bfloat16 rows (its leading, middle and trailing bits), so the scores keep float32 accuracy on
+the matrix units.
+
+Shapes: ``T`` tokens, ``E`` experts, ``K`` experts per token, ``R`` rank of one expert.
+"""
+
+# A kernel's arguments are pointers, sizes and strides in the order of its tensors.
+# ruff: noqa: N803, N806
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _pack_fwd_kernel(
+    a_ptr,
+    router_ptr,
+    b_ptr,
+    rows_ptr,
+    b_out_ptr,
+    d_in,
+    ranks,
+    padded_ranks,
+    experts,
+    padded_experts,
+    row_programs,
+    b_numel,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Put A and the router's rows into one matrix, and B into the same dtype."""
+    pid = tl.program_id(0)
+    if pid < row_programs:
+        blocks = tl.cdiv(d_in, BLOCK)
+        row = pid // blocks
+        cols = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+        inside = cols < d_in
+        is_a = row < ranks
+        a = tl.load(a_ptr + row * d_in + cols, mask=inside & is_a, other=0.0).to(tl.float32)
+        router_row = row - padded_ranks
+        part = router_row // padded_experts
+        expert = router_row % padded_experts
+        is_router = (router_row >= 0) & (expert < experts)
+        offset = expert * d_in + cols
+        w = tl.load(router_ptr + offset, mask=inside & is_router, other=0.0).to(tl.float32)
+        if SPLIT:
+            dtype = rows_ptr.dtype.element_ty
+            leading = w.to(dtype).to(tl.float32)
+            middle = (w - leading).to(dtype).to(tl.float32)
+            w = tl.where(part == 0, leading, tl.where(part == 1, middle, w - leading - middle))
+        tl.store(
+            rows_ptr + row.to(tl.int64) * d_in + cols,
+            tl.where(is_a, a, w).to(rows_ptr.dtype.element_ty),
+            mask=inside,
+        )
+    else:
+        offset = (pid - row_programs).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        b = tl.load(b_ptr + offset, mask=offset < b_numel, other=0.0)
+        tl.store(b_out_ptr + offset, b.to(b_out_ptr.dtype.element_ty), mask=offset < b_numel)
+
+
+@triton.jit
+def _load_logits(
+    z_ptr, tokens, inside, z_stride, padded_ranks, experts, padded_experts, inverse_temperature,
+    E2: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """``(block, E2)`` router logits of some tokens; -inf past the last expert."""
+    cols = tl.arange(0, E2)
+    real = cols < experts
+    base = z_ptr + tokens.to(tl.int64)[:, None] * z_stride + padded_ranks + cols[None, :]
+    logits = tl.zeros([tokens.shape[0], E2], dtype=tl.float32)
+    for part in tl.static_range(SPLITS):
+        # the small parts first would round less; their order changes the last bit only
+        logits += tl.load(
+            base + part * padded_experts, mask=inside[:, None] & real[None, :], other=0.0
+        )
+    return tl.where(real[None, :], logits * inverse_temperature, float("-inf"))
+
+
+@triton.jit
+def _choose(logits, K: tl.constexpr, E2: tl.constexpr):
+    """``(block, E2)`` 1.0 for each token's K highest logits, the lower index first among equals."""
+    cols = tl.arange(0, E2)
+    chosen = tl.zeros([logits.shape[0], E2], dtype=tl.float32)
+    for _ in tl.static_range(K):
+        rest = tl.where(chosen > 0, float("-inf"), logits)
+        best = tl.argmax(rest, axis=1)
+        chosen = tl.where(cols[None, :] == best[:, None], 1.0, chosen)
+    return chosen
+
+
+@triton.jit
+def _softmax(logits, keep):
+    """Softmax over the experts in ``keep``; zeros for a token that keeps none."""
+    kept = tl.where(keep, logits, float("-inf"))
+    highest = tl.max(kept, axis=1)
+    highest = tl.where(highest == float("-inf"), 0.0, highest)
+    exponentials = tl.exp(kept - highest[:, None])
+    total = tl.sum(exponentials, axis=1)
+    return exponentials / tl.where(total > 0, total, 1.0)[:, None]
+
+
+@triton.jit
+def _all_mature(mature_ptr, experts, E2: tl.constexpr, HAS_MATURE: tl.constexpr):
+    """1 if no expert is young, else 0."""
+    result = 1
+    if HAS_MATURE:
+        cols = tl.arange(0, E2)
+        flags = tl.load(mature_ptr + cols, mask=cols < experts, other=1).to(tl.int32)
+        result = tl.min(tl.where(flags > 0, 1, 0), axis=0)
+    return result
+
+
+@triton.jit
+def _count_fwd_kernel(
+    z_ptr,
+    mask_ptr,
+    partial_ptr,
+    T,
+    experts,
+    z_stride,
+    padded_ranks,
+    padded_experts,
+    inverse_temperature,
+    K: tl.constexpr,
+    E2: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """What a block of tokens adds: slots, first choices, probabilities, squared logsumexp, tokens."""
+    pid = tl.program_id(0)
+    tokens = pid * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = tokens < T
+    logits = _load_logits(
+        z_ptr, tokens, inside, z_stride, padded_ranks, experts, padded_experts,
+        inverse_temperature, E2, SPLITS,
+    )  # fmt: skip
+    valid = inside
+    if HAS_MASK:
+        valid = inside & (tl.load(mask_ptr + tokens, mask=inside, other=0) != 0)
+    counts = tl.where(valid, 1.0, 0.0)
+    cols = tl.arange(0, E2)
+    chosen = _choose(logits, K, E2)
+    first = _choose(logits, 1, E2)
+    real = (cols < experts)[None, :] & inside[:, None]
+    probs = _softmax(logits, real)
+    highest = tl.max(logits, axis=1)
+    lse = tl.log(tl.sum(tl.exp(logits - highest[:, None]), axis=1)) + highest
+    row = partial_ptr + pid * (3 * E2 + 2)
+    tl.store(row + cols, tl.sum(chosen * counts[:, None], axis=0))
+    tl.store(row + E2 + cols, tl.sum(first * counts[:, None], axis=0))
+    tl.store(row + 2 * E2 + cols, tl.sum(probs * counts[:, None], axis=0))
+    tl.store(row + 3 * E2, tl.sum(lse * lse * counts, axis=0))
+    tl.store(row + 3 * E2 + 1, tl.sum(counts, axis=0))
+
+
+@triton.jit
+def _store_statistics(
+    partial_ptr, statistics_ptr, blocks, divisor, K: tl.constexpr, E2: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """The sums over all blocks of :func:`_count_fwd_kernel`, as means over valid tokens."""
+    cols = tl.arange(0, E2)
+    slots = tl.zeros([E2], dtype=tl.float32)
+    firsts = tl.zeros([E2], dtype=tl.float32)
+    probs = tl.zeros([E2], dtype=tl.float32)
+    squares = 0.0
+    for start in range(0, blocks, BLOCK_P):
+        others = start + tl.arange(0, BLOCK_P)
+        there = others < blocks
+        row = partial_ptr + others * (3 * E2 + 2)
+        tile = row[:, None] + cols[None, :]
+        slots += tl.sum(tl.load(tile, mask=there[:, None], other=0.0), axis=0)
+        firsts += tl.sum(tl.load(tile + E2, mask=there[:, None], other=0.0), axis=0)
+        probs += tl.sum(tl.load(tile + 2 * E2, mask=there[:, None], other=0.0), axis=0)
+        squares += tl.sum(tl.load(row + 3 * E2, mask=there, other=0.0), axis=0)
+    tl.store(statistics_ptr + cols, probs / divisor)
+    tl.store(statistics_ptr + E2 + cols, slots / (divisor * K))
+    tl.store(statistics_ptr + 2 * E2 + cols, firsts / divisor)
+    tl.store(statistics_ptr + 3 * E2, squares / divisor)
+    tl.store(statistics_ptr + 3 * E2 + 1, divisor)
+
+
+@triton.jit
+def _route_fwd_kernel(
+    z_ptr,
+    mask_ptr,
+    mature_ptr,
+    partial_ptr,
+    logits_ptr,
+    weights_ptr,
+    mixed_ptr,
+    statistics_ptr,
+    T,
+    experts,
+    rank,
+    ranks,
+    z_stride,
+    padded_ranks,
+    padded_experts,
+    blocks,
+    inverse_temperature,
+    capacity_share,
+    scaling,
+    K: tl.constexpr,
+    E2: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_MATURE: tl.constexpr,
+    HAS_CAPACITY: tl.constexpr,
+    HAS_STATISTICS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Softmax, top-k, capacity, renormalisation, and the scaled ranks ``expand(w) * (A x)``."""
+    pid = tl.program_id(0)
+    tokens = pid * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = tokens < T
+    cols = tl.arange(0, E2)
+    logits = _load_logits(
+        z_ptr, tokens, inside, z_stride, padded_ranks, experts, padded_experts,
+        inverse_temperature, E2, SPLITS,
+    )  # fmt: skip
+    real = (cols < experts)[None, :] & inside[:, None]
+    probs = _softmax(logits, real)
+    chosen = _choose(logits, K, E2)
+    keep = (chosen > 0) & real
+    if HAS_CAPACITY or HAS_STATISTICS:
+        number = 0.0
+        before = tl.zeros([E2], dtype=tl.float32)
+        for start in range(0, blocks, BLOCK_P):
+            others = start + tl.arange(0, BLOCK_P)
+            row = partial_ptr + others * (3 * E2 + 2)
+            earlier = (others < pid)[:, None]
+            before += tl.sum(tl.load(row[:, None] + cols[None, :], mask=earlier, other=0.0), axis=0)
+            number += tl.sum(tl.load(row + 3 * E2 + 1, mask=others < blocks, other=0.0), axis=0)
+        if HAS_CAPACITY:
+            if HAS_MASK:
+                keep = keep & (tl.load(mask_ptr + tokens, mask=inside, other=0) != 0)[:, None]
+            slot = tl.where(keep, 1.0, 0.0)
+            position = before[None, :] + tl.cumsum(slot, axis=0) - slot
+            # a product that is a whole number but for rounding is that number
+            keep = keep & (position < tl.ceil(number * capacity_share - 1e-4))
+        if HAS_STATISTICS:
+            if pid == 0:
+                _store_statistics(
+                    partial_ptr, statistics_ptr, blocks, tl.maximum(number, 1.0), K, E2, BLOCK_P
+                )
+    if K == 1:
+        weights = tl.where(keep, probs, 0.0)
+    else:
+        weights = _softmax(logits, keep)
+    weights = tl.where(_all_mature(mature_ptr, experts, E2, HAS_MATURE) > 0, weights, probs)
+    offsets = tokens.to(tl.int64)[:, None] * experts + cols[None, :]
+    tl.store(logits_ptr + offsets, logits, mask=real)
+    tl.store(weights_ptr + offsets, weights, mask=real)
+    # the weights just written are read back by rank; the barrier makes them seen
+    tl.debug_barrier()
+    for start in range(0, padded_ranks, BLOCK_R):
+        rank_cols = start + tl.arange(0, BLOCK_R)
+        there = inside[:, None] & (rank_cols < ranks)[None, :]
+        z = tl.load(
+            z_ptr + tokens.to(tl.int64)[:, None] * z_stride + rank_cols[None, :],
+            mask=there,
+            other=0.0,
+        )
+        expert = rank_cols // rank
+        weight = tl.load(
+            weights_ptr + tokens.to(tl.int64)[:, None] * experts + expert[None, :],
+            mask=there,
+            other=0.0,
+        )
+        tl.store(
+            mixed_ptr + tokens.to(tl.int64)[:, None] * ranks + rank_cols[None, :],
+            (z * weight * scaling).to(mixed_ptr.dtype.element_ty),
+            mask=there,
+        )
+
+
+@triton.jit
+def _route_bwd_kernel(
+    grad_mixed_ptr,
+    mixed_ptr,
+    weights_ptr,
+    logits_ptr,
+    mask_ptr,
+    statistics_ptr,
+    grad_statistics_ptr,
+    grad_z_ptr,
+    T,
+    experts,
+    rank,
+    ranks,
+    padded_ranks,
+    padded_experts,
+    grad_stride,
+    inverse_temperature,
+    scaling,
+    K: tl.constexpr,
+    E2: tl.constexpr,
+    R2: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_STATISTICS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """From the gradient of the scaled ranks to those of ``A x`` and of the router's scores.
+
+    With ``q[e]`` the sum of gradient times scaled rank, the logits' gradient is ``q - w sum(q)``
+    (``p`` instead of ``w`` for K = 1): no division by a weight, and none is needed at weight 0.
+    """
+    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = tokens < T
+    cols = tl.arange(0, E2)
+    within = tl.arange(0, R2)
+    real = (cols < experts)[None, :] & inside[:, None]
+    wide = tokens.to(tl.int64)
+    per_expert = wide[:, None] * experts + cols[None, :]
+    weights = tl.load(weights_ptr + per_expert, mask=real, other=0.0)
+    logits = tl.load(logits_ptr + per_expert, mask=real, other=float("-inf"))
+    rank_cols = cols[:, None] * rank + within[None, :]
+    here = real[:, :, None] & (within < rank)[None, None, :]
+    offsets = wide[:, None, None] * ranks + rank_cols[None, :, :]
+    grad_mixed = tl.load(grad_mixed_ptr + offsets, mask=here, other=0.0).to(tl.float32)
+    mixed = tl.load(mixed_ptr + offsets, mask=here, other=0.0).to(tl.float32)
+    out_dtype = grad_z_ptr.dtype.element_ty
+    row = grad_z_ptr + wide * grad_stride
+    tl.store(
+        row[:, None, None] + rank_cols[None, :, :],
+        (grad_mixed * weights[:, :, None] * scaling).to(out_dtype),
+        mask=here,
+    )
+    pad = ranks + tl.arange(0, 8)
+    tl.store(
+        row[:, None] + pad[None, :],
+        tl.zeros([BLOCK_T, 8], dtype=tl.float32).to(out_dtype),
+        mask=inside[:, None] & (pad < padded_ranks)[None, :],
+    )
+    q = tl.sum(grad_mixed * mixed, axis=2)
+    probs = _softmax(logits, real)
+    share = weights
+    if K == 1:
+        share = probs
+    grad_logits = q - share * tl.sum(q, axis=1)[:, None]
+    if HAS_STATISTICS:
+        valid = tl.where(inside, 1.0, 0.0)
+        if HAS_MASK:
+            valid = tl.where(tl.load(mask_ptr + tokens, mask=inside, other=0) != 0, valid, 0.0)
+        valid = valid / tl.load(statistics_ptr + 3 * E2 + 1)
+        grad_probs = tl.load(grad_statistics_ptr + cols, mask=cols < experts, other=0.0)
+        mean = tl.sum(probs * grad_probs[None, :], axis=1)
+        grad_logits += probs * (grad_probs[None, :] - mean[:, None]) * valid[:, None]
+        highest = tl.max(logits, axis=1)
+        highest = tl.where(inside, highest, 0.0)
+        lse = tl.log(tl.sum(tl.exp(logits - highest[:, None]), axis=1)) + highest
+        grad_square = tl.load(grad_statistics_ptr + 3 * E2)
+        grad_logits += probs * (tl.where(inside, lse, 0.0) * valid * 2.0 * grad_square)[:, None]
+    grad_logits = tl.where(real, grad_logits * inverse_temperature, 0.0)
+    columns = (cols < padded_experts)[None, :] & inside[:, None]
+    scores = row[:, None] + padded_ranks + cols[None, :]
+    leading = grad_logits.to(out_dtype)
+    tl.store(scores, leading, mask=columns)
+    if SPLIT:
+        rest = grad_logits - leading.to(tl.float32)
+        tl.store(scores + padded_experts, rest.to(out_dtype), mask=columns)
+
+
+@triton.jit
+def _scores_fwd_kernel(
+    x_ptr,
+    a_ptr,
+    router_ptr,
+    z_ptr,
+    T,
+    d_in,
+    ranks,
+    x_stride,
+    z_stride,
+    T2: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``A x`` and the router's scores of few tokens, one row of A or of the router per program."""
+    row = tl.program_id(0)
+    tokens = tl.arange(0, T2)
+    total = tl.zeros([T2, BLOCK], dtype=tl.float32)
+    is_a = row < ranks
+    for start in range(0, d_in, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        inside = cols < d_in
+        a = tl.load(a_ptr + row.to(tl.int64) * d_in + cols, mask=inside & is_a, other=0.0)
+        w = tl.load(
+            router_ptr + (row - ranks).to(tl.int64) * d_in + cols,
+            mask=inside & (row >= ranks),
+            other=0.0,
+        )
+        x = tl.load(
+            x_ptr + tokens[:, None] * x_stride + cols[None, :],
+            mask=(tokens < T)[:, None] & inside[None, :],
+            other=0.0,
+        )
+        total += x.to(tl.float32) * (a.to(tl.float32) + w.to(tl.float32))[None, :]
+    tl.store(z_ptr + tokens * z_stride + row, tl.sum(total, axis=1), mask=tokens < T)
+
+
+@triton.jit
+def _decode_fwd_kernel(
+    z_ptr,
+    mature_ptr,
+    b_ptr,
+    output_ptr,
+    logits_ptr,
+    weights_ptr,
+    d_out,
+    experts,
+    rank,
+    ranks,
+    z_stride,
+    padded_ranks,
+    padded_experts,
+    inverse_temperature,
+    scaling,
+    K: tl.constexpr,
+    E2: tl.constexpr,
+    R2: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_MATURE: tl.constexpr,
+    RECORD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Route one token and add its experts' update to one block of its output. Reads only their B."""
+    token = tl.program_id(0)
+    outputs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = outputs < d_out
+    tokens = token + tl.zeros([1], dtype=tl.int32)
+    cols = tl.arange(0, E2)
+    logits = _load_logits(
+        z_ptr, tokens, tokens >= 0, z_stride, padded_ranks, experts, padded_experts,
+        inverse_temperature, E2, SPLITS,
+    )  # fmt: skip
+    real = (cols < experts)[None, :]
+    probs = _softmax(logits, real)
+    chosen = (_choose(logits, K, E2) > 0) & real
+    if K == 1:
+        weights = tl.where(chosen, probs, 0.0)
+    else:
+        weights = _softmax(logits, chosen)
+    mature = _all_mature(mature_ptr, experts, E2, HAS_MATURE)
+    weights = tl.where(mature > 0, weights, probs)
+    if RECORD:
+        if tl.program_id(1) == 0:
+            offsets = token * experts + cols[None, :]
+            tl.store(logits_ptr + offsets, logits, mask=real)
+            tl.store(weights_ptr + offsets, weights, mask=real)
+    left = tl.reshape(tl.where(real, weights, -1.0), [E2])
+    within = tl.arange(0, R2)
+    total = tl.zeros([BLOCK_N], dtype=tl.float32)
+    number = tl.where(mature > 0, K, experts)
+    for _ in range(number):
+        expert = tl.argmax(left, axis=0)
+        weight = tl.max(left, axis=0)
+        left = tl.where(cols == expert, -1.0, left)
+        ranks_of = expert * rank + within
+        # NaN scores may name a padded expert
+        mine = (within < rank) & (expert < experts)
+        z = tl.load(z_ptr + token * z_stride + ranks_of, mask=mine, other=0.0)
+        b = tl.load(
+            b_ptr + outputs.to(tl.int64)[:, None] * ranks + ranks_of[None, :],
+            mask=inside[:, None] & mine[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        total += tl.sum(b * (z * weight * scaling)[None, :], axis=1)
+    where = output_ptr + token.to(tl.int64) * d_out + outputs
+    base = tl.load(where, mask=inside, other=0.0).to(tl.float32)
+    tl.store(where, (base + total).to(output_ptr.dtype.element_ty), mask=inside)
