@@ -181,7 +181,10 @@ def _restore(owner: Any, name: str, own: Any) -> None:
 def _register() -> None:
     """Make the config known: by its type on disk, and by name in PEFT's public modules."""
     from moelora.config import DISK_PEFT_TYPE, ROUTING_FIELDS, MoELoraConfig
+    from moelora.router_request import announce_again, withdraw_all
 
+    announce_again()
+    _undo.append(withdraw_all)
     registries: tuple[tuple[dict[Any, Any], type], ...] = (
         (PEFT_TYPE_TO_CONFIG_MAPPING, MoELoraConfig),
         (PEFT_TYPE_TO_TUNER_MAPPING, LoraModel),

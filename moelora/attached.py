@@ -16,6 +16,8 @@ from moelora.binding import bind
 from moelora.config import MoELoraConfig
 from moelora.decision import MixtureSpec
 from moelora.errors import CheckpointError, UnsupportedLayerError
+from moelora.router import Router
+from moelora.router_request import announce
 from moelora.scope import ATTACHED, ATTACHED_SPEC
 
 _PENDING = "_moelora_pending_router"
@@ -110,6 +112,7 @@ def attach_router(
     tuner.model.__dict__[ATTACHED] = router_module if moe_config is not None else None
     if moe_config is not None:
         tuner.model.__dict__[ATTACHED_SPEC] = MixtureSpec.from_config(moe_config)
+    announce(tuner.model, tuner.peft_config)
     watch_state_dicts(tuner)
     if pending:
         router_module.load_state_dict(pending)
@@ -124,6 +127,8 @@ def difference(router: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
         tensors: by name, as in its ``state_dict``.
     """
     own = router.state_dict()
+    if isinstance(router, Router):
+        tensors = router.fitted(tensors)
     shared = own.keys() & tensors.keys()
     return sorted(own.keys() ^ tensors.keys()) + sorted(
         key
@@ -145,6 +150,7 @@ def detach_router(model: Any) -> nn.Module | None:
     tuner.__dict__.pop(_MOE_CONFIG, None)
     tuner.model.__dict__.pop(ATTACHED, None)
     tuner.model.__dict__.pop(ATTACHED_SPEC, None)
+    announce(tuner.model, tuner.peft_config)
     return router
 
 

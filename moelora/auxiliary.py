@@ -2,26 +2,39 @@
 
 * The output holds a loss: ``mean over routers of coefficient * loss`` is added to it, times this
   micro-batch's share of ``num_items_in_batch`` when the trainer passes that.
-* It holds none (the loss is computed outside): the gradient is attached to the output, with the
-  scale that was told, or 1.
+* Which of its outputs a forward's caller uses shows in backward only (a trainer may compute the
+  loss itself from logits, or scale ``outputs.aux_loss`` itself), so all of them pass one autograd
+  node: if neither the loss nor ``aux_loss`` was used, it attaches the gradient, with the scale that
+  was told, or 1; if that cannot be known, it raises.
 * A router ran without a gradient (reentrant checkpointing): its gradient is attached when its block
-  is recomputed in backward, with the scale that the model's loss was found to have.
+  is recomputed, with the scale that the node has found; it comes before every block in backward.
 """
 
-import inspect
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moelora.errors import AuxLossError
-from moelora.losses import auxiliary_loss
-from moelora.outputs import with_aux_loss
+from moelora.losses import auxiliary_losses, loss_of_statistics
+from moelora.outputs import carried_tensors, with_aux_loss, with_tensors
 from moelora.routing import Routing
-from moelora.scope import Tape, TapeEntry
+from moelora.scope import RoutingScope, Tape, TapeEntry
 
 _IGNORED_LABEL = -100
+_FLOAT16 = (
+    "The auxiliary loss cannot follow the float16 loss scaler when the loss is computed outside "
+    "the model. Pass labels to the model, use bfloat16, or set router_aux_loss_coef=0."
+)
+_UNKNOWN_SCALE = (
+    "The loss is computed outside the model (label_smoothing_factor, compute_loss_func, a trainer "
+    "or a loop of your own), so how it is scaled over accumulated batches is not known. Add "
+    "moelora.MoETrainerCallback() to the Trainer's callbacks, use the loss that the model returns "
+    "for labels, set router_aux_loss_coef in TRL's config, or set router_aux_loss_coef=0 in the "
+    "mixture's."
+)
 
 
 class _AttachGradient(torch.autograd.Function):
@@ -41,49 +54,166 @@ class _AttachGradient(torch.autograd.Function):
         return grad_outputs[0], ctx.loss_like * ctx.scale, None
 
 
-class _TellScale(torch.autograd.Function):
-    """Pass ``loss`` through; in backward leave its gradient's value on the tape.
+@dataclass
+class _Delivery:
+    """What one forward's node needs to know in backward.
 
-    All scaling of the loss (accumulation, float16 loss scaler, a mean over devices) is in that
-    gradient, and backward comes here before it reaches any block.
+    Attributes:
+        tape: where blocks that are recomputed find their scale.
+        routers: how many there are, of whose losses the mean is taken.
+        deferred: whether some of them wait for the recomputation of their block.
+        loss_scale: the gradient of the model's loss by the weighted mean; None without a loss.
+        outside_scale: the same for a loss that is computed outside, or why it cannot be known.
+    """
+
+    tape: Tape
+    routers: int
+    deferred: bool
+    loss_scale: Tensor | float | None
+    outside_scale: float | str
+
+
+class _Deliver(torch.autograd.Function):
+    """Pass all outputs of a forward through; in backward see which of them were used.
+
+    All scaling of a loss (accumulation, float16 loss scaler, a mean over devices) is in its
+    gradient, and backward comes here before it reaches any block. Source: Megatron-LM's
+    MoEAuxLossAutoScaler attaches always, with a scale that is global state.
     """
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, tape: Tape, factor: Tensor | float) -> Tensor:
-        ctx.tape = tape
-        ctx.factor = factor
-        # a copy of one number, since trainers scale their loss in place
-        return loss.clone()
+    def forward(
+        ctx: Any, delivery: _Delivery, weighted: Tensor, mean: Tensor, *outputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.delivery = delivery
+        ctx.weighted_like = weighted.new_ones(())
+        # aliases without a view's ties, since callers change logits in place; copies of single
+        # numbers, since trainers scale their loss in place
+        return mean.clone(), *(t.clone() if t.ndim == 0 else t.detach() for t in outputs)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None]:
-        ctx.tape.deferred_scale = grad_outputs[0] * ctx.factor
-        return grad_outputs[0], None, None
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        delivery, (grad_mean, *grads) = ctx.delivery, grad_outputs
+        in_loss = None
+        if delivery.loss_scale is not None and grads[0] is not None:
+            in_loss = grads[0] * delivery.loss_scale
+        attached = None
+        if in_loss is None and grad_mean is None:
+            if isinstance(delivery.outside_scale, str):
+                raise AuxLossError(delivery.outside_scale)
+            attached = ctx.weighted_like * delivery.outside_scale
+        if delivery.deferred:
+            weighted_scale = attached if in_loss is None else in_loss
+            delivery.tape.deferred = (
+                0.0 if weighted_scale is None else weighted_scale / delivery.routers,
+                0.0 if grad_mean is None else grad_mean / delivery.routers,
+            )
+        return None, attached, grad_mean, *grads
 
 
 def add_auxiliary_loss(
-    base: nn.Module,
-    output: Any,
-    entries: list[TapeEntry],
-    kwargs: dict[str, Any],
-    *,
-    tape: Tape,
-    told_scale: float | None,
+    base: nn.Module, output: Any, kwargs: dict[str, Any], *, tape: Tape, scope: RoutingScope
 ) -> Any:
-    """Return ``output`` with the auxiliary loss of ``entries`` in it.
+    """Close the tape and return ``output`` with the auxiliary loss of its decisions in it.
 
     Args:
         base: the model, for how it shifts labels.
         output: what its forward returned.
-        entries: the router decisions of this training forward.
         kwargs: the forward's keyword arguments.
-        tape: where blocks that are recomputed find their scale.
-        told_scale: how the trainer scales a loss that it computes itself, where it told.
+        tape: the router decisions of this forward.
+        scope: who looks on, and how the trainer scales a loss that it computes itself.
 
     Raises:
         AuxLossError: if a router ran without a gradient outside of checkpointing, or the scale of
             the loss cannot be known.
     """
+    seen = tape.close()
+    entries = [entry for entry in seen if entry.coefficient != 0]
+    if not entries:
+        _show(seen, None, tape, scope)
+        return with_aux_loss(output, _zero_like(output)) if tape.asked else output
+    if tape.training:
+        _check_not_lost(entries)
+    mean, weighted = router_losses(entries)
+    _show(seen, mean, tape, scope)
+    has_loss = _has_loss(output)
+    outside = _outside_scale(mean.device.type, kwargs, scope.aux_loss_scale)
+    if not tape.training:
+        return with_aux_loss(output, mean)
+    if isinstance(outside, str) and not (has_loss or tape.asked):
+        raise AuxLossError(outside)
+    share = None
+    if has_loss:
+        share = _share_of_batch(base, kwargs)
+        output = _add_to_loss(output, weighted * share)
+    deferred = any(entry.deferred for entry in entries)
+    if weighted.requires_grad or deferred:
+        delivery = _Delivery(tape, len(entries), deferred, share, outside)
+        output, mean = _delivered(output, weighted, mean, delivery)
+    return with_aux_loss(output, mean)
+
+
+def router_losses(entries: list[TapeEntry]) -> tuple[Tensor, Tensor]:
+    """The mean over routers of their loss, and of coefficient times loss."""
+    groups: dict[tuple[Any, ...], list[TapeEntry]] = {}
+    for entry in entries:
+        groups.setdefault(_kind(entry), []).append(entry)
+    sums = [(group[0].coefficient, _losses(group).sum()) for group in groups.values()]
+    device = sums[0][1].device
+    mean = torch.stack([total.to(device) for _, total in sums]).sum() / len(entries)
+    if len({coefficient for coefficient, _ in sums}) == 1:
+        return mean, sums[0][0] * mean
+    weighted = torch.stack([coefficient * total.to(device) for coefficient, total in sums])
+    return mean, weighted.sum() / len(entries)
+
+
+def _kind(entry: TapeEntry) -> tuple[Any, ...]:
+    """What routers must have in common for their losses to be computed together."""
+    if entry.statistics is not None:
+        values, num_experts = entry.statistics
+        shape: tuple[int, ...] = (num_experts,)
+    else:
+        values, shape = _routing_of(entry).router_probs, _routing_of(entry).router_probs.shape
+    mask = None if entry.token_mask is None else entry.token_mask.data_ptr()
+    fused = entry.statistics is not None
+    top_k = 0 if fused else _routing_of(entry).selected_experts.shape[-1]
+    return fused, values.device, shape, top_k, entry.loss_type, entry.coefficient, mask
+
+
+def _losses(group: list[TapeEntry]) -> Tensor:
+    """The loss of each router of one kind."""
+    first = group[0]
+    if first.statistics is not None:
+        rows = [entry.statistics[0] for entry in group if entry.statistics is not None]
+        return loss_of_statistics(
+            torch.stack(rows), num_experts=first.statistics[1], loss_type=first.loss_type
+        )
+    routings = [_routing_of(entry) for entry in group]
+    return auxiliary_losses(routings, loss_type=first.loss_type, token_mask=first.token_mask)
+
+
+def _routing_of(entry: TapeEntry) -> Routing:
+    if entry.routing is None:
+        raise AuxLossError(f"The router of {entry.layer_name!r} left no decision.")
+    return entry.routing
+
+
+def _show(seen: list[TapeEntry], mean: Tensor | None, tape: Tape, scope: RoutingScope) -> None:
+    """Let observers look at a training forward's decisions."""
+    if seen and tape.observed:
+        for observer in scope.observers:
+            observer.observe(seen, None if mean is None else mean.detach())
+
+
+def _zero_like(output: Any) -> Tensor:
+    """The auxiliary loss of a forward in which no router chose."""
+    carried = carried_tensors(output, has_loss=False) or {}
+    device = next((tensor.device for tensor in carried.values()), None)
+    return torch.zeros((), device=device)
+
+
+def _check_not_lost(entries: list[TapeEntry]) -> None:
     for entry in entries:
         if entry.lost:
             raise AuxLossError(
@@ -91,72 +221,73 @@ def add_auxiliary_loss(
                 "its auxiliary loss would be lost. If the model calls reentrant checkpointing by "
                 "itself, use use_reentrant=False; else set router_aux_loss_coef=0."
             )
-    losses = [
-        auxiliary_loss(e.routing, loss_type=e.loss_type, token_mask=e.token_mask) for e in entries
-    ]
-    device = losses[0].device
-    mean_loss = torch.stack([loss.to(device) for loss in losses]).mean()
-    weighted = torch.stack(
-        [e.coefficient * loss.to(device) for e, loss in zip(entries, losses, strict=True)]
-    ).mean()
-    deferred = any(entry.deferred for entry in entries)
-    if _has_loss(output):
-        share = _share_of_batch(base, kwargs)
-        output = _add_to_loss(output, weighted * share, mean_loss)
-        return _tell_scale(output, tape, share / len(entries)) if deferred else output
-    scale = _outside_scale(base, device.type, kwargs, told_scale)
-    if deferred:
-        tape.deferred_scale = scale / len(entries)
-    return _attach(output, weighted, mean_loss, scale) if weighted.requires_grad else output
 
 
-def attach_deferred(entry: TapeEntry, tape: Tape) -> Routing:
-    """Attach one router's auxiliary loss to its weights while its block is recomputed.
+def _delivered(
+    output: Any, weighted: Tensor, mean: Tensor, delivery: _Delivery
+) -> tuple[Any, Tensor]:
+    """Let all outputs and ``mean`` pass the node; return them."""
+    carried = carried_tensors(output, has_loss=delivery.loss_scale is not None)
+    if carried is None:
+        raise AuxLossError(
+            f"The auxiliary loss cannot be attached to an output of type {type(output).__name__}. "
+            "Return a tensor, tuple or ModelOutput, or set router_aux_loss_coef=0."
+        )
+    if not carried:
+        return output, mean
+    if torch.compiler.is_compiling():
+        return _delivered_in_trace(output, carried, weighted, delivery), mean
+    mean, *passed = _Deliver.apply(delivery, weighted, mean, *carried.values())
+    return with_tensors(output, dict(zip(carried, passed, strict=True))), mean
+
+
+def _delivered_in_trace(
+    output: Any, carried: dict[tuple[Any, ...], Tensor], weighted: Tensor, delivery: _Delivery
+) -> Any:
+    """The same by the arguments alone: a traced backward cannot see which outputs were used."""
+    if delivery.loss_scale is not None or delivery.tape.asked:
+        return output
+    if isinstance(delivery.outside_scale, str):
+        raise AuxLossError(delivery.outside_scale)
+    place, first = next(iter(carried.items()))
+    attached = _AttachGradient.apply(first, weighted, delivery.outside_scale)
+    return with_tensors(output, {place: attached})
+
+
+def attach_deferred(result: Tensor, entry: TapeEntry, tape: Tape) -> Tensor:
+    """Attach one router's auxiliary loss to what it led to while its block is recomputed.
 
     Non-reentrant recomputation, whose tape holds no scale, is left as it was.
+
+    Args:
+        result: the routing weights, or the layer's output.
+        entry: the decision that the recomputation made.
+        tape: the closed tape of the forward.
     """
-    routing = entry.routing
-    if tape.deferred_scale is None or not routing.router_logits.requires_grad:
-        return routing
-    loss = auxiliary_loss(routing, loss_type=entry.loss_type, token_mask=entry.token_mask)
-    scale = tape.deferred_scale * entry.coefficient
+    if entry.coefficient == 0 or tape.deferred is None or not entry.has_graph:
+        return result
+    loss = _losses([entry]).sum()
+    weighted_scale, plain_scale = tape.deferred
+    scale = weighted_scale * entry.coefficient + plain_scale
     if isinstance(scale, Tensor):
         scale = scale.to(loss.device)
-    weights = _AttachGradient.apply(routing.routing_weights, loss, scale)
-    return Routing(routing.router_logits, routing.router_probs, weights, routing.selected_experts)
+    attached: Tensor = _AttachGradient.apply(result, loss, scale)
+    return attached
 
 
 def _outside_scale(
-    base: nn.Module, device_type: str, kwargs: dict[str, Any], told_scale: float | None
-) -> float:
-    """The scale of a loss that is computed outside of the model."""
+    device_type: str, kwargs: dict[str, Any], told_scale: float | None
+) -> float | str:
+    """The scale of a loss that is computed outside of the model, or why it cannot be known."""
     if torch.is_autocast_enabled(device_type) and (
         torch.get_autocast_dtype(device_type) == torch.float16
     ):
-        raise AuxLossError(
-            "The auxiliary loss cannot follow the float16 loss scaler when the loss is computed "
-            "outside the model. Pass labels to the model, use bfloat16, or set "
-            "router_aux_loss_coef=0."
-        )
-    in_trainer = kwargs.get("num_items_in_batch") is not None
-    if told_scale is not None and (in_trainer or not _accepts_loss_kwargs(base)):
+        return _FLOAT16
+    if told_scale is not None:
         return told_scale
-    if in_trainer or _is_accumulating():
-        raise AuxLossError(
-            "The loss is computed outside the model (label_smoothing_factor, compute_loss_func or "
-            "a loop of your own), so how it is scaled over accumulated batches is not known. Add "
-            "moelora.MoETrainerCallback() to the Trainer's callbacks, pass labels to the model, "
-            "or set router_aux_loss_coef=0."
-        )
+    if kwargs.get("num_items_in_batch") is not None or _is_accumulating():
+        return _UNKNOWN_SCALE
     return 1.0
-
-
-def _accepts_loss_kwargs(base: nn.Module) -> bool:
-    """Whether the Trainer would pass ``num_items_in_batch`` to this model; its own rule."""
-    if hasattr(base, "accepts_loss_kwargs"):
-        return bool(base.accepts_loss_kwargs)
-    parameters = inspect.signature(base.forward).parameters.values()
-    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def _is_accumulating() -> bool:
@@ -202,43 +333,8 @@ def _shifts_labels(base: nn.Module) -> bool:
     return getattr(base, "loss_type", None) == "ForCausalLM"
 
 
-def _add_to_loss(output: Any, weighted: Tensor, mean_loss: Tensor) -> Any:
+def _add_to_loss(output: Any, weighted: Tensor) -> Any:
     if isinstance(output, tuple):
         return (output[0] + weighted.to(output[0].device), *output[1:])
-    output = with_aux_loss(output, mean_loss)
     output["loss"] = output["loss"] + weighted.to(output["loss"].device)
     return output
-
-
-def _tell_scale(output: Any, tape: Tape, factor: Tensor | float) -> Any:
-    if isinstance(output, tuple):
-        return (_TellScale.apply(output[0], tape, factor), *output[1:])
-    output["loss"] = _TellScale.apply(output["loss"], tape, factor)
-    return output
-
-
-def _attach(output: Any, weighted: Tensor, mean_loss: Tensor, scale: float) -> Any:
-    if isinstance(output, Tensor):
-        return _AttachGradient.apply(output, weighted, scale)
-    if isinstance(output, dict):
-        key = next((key for key, value in output.items() if _carries_gradient(value)), None)
-        if key is None:
-            return output
-        output = with_aux_loss(output, mean_loss)
-        output[key] = _AttachGradient.apply(output[key], weighted, scale)
-        return output
-    if isinstance(output, tuple):
-        attached = list(output)
-        for index, value in enumerate(attached):
-            if _carries_gradient(value):
-                attached[index] = _AttachGradient.apply(value, weighted, scale)
-                break
-        return tuple(attached)
-    raise AuxLossError(
-        f"The auxiliary loss cannot be attached to an output of type {type(output).__name__}. "
-        "Return a tensor, tuple or ModelOutput, or set router_aux_loss_coef=0."
-    )
-
-
-def _carries_gradient(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad

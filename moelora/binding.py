@@ -10,6 +10,7 @@ from moelora.decision import MixtureSpec
 from moelora.hooks import after_forward, before_forward, refuse_in_backbone
 from moelora.layer import mixtures_of
 from moelora.places import block_of, is_encoder_decoder, module_lists, reads_decoder
+from moelora.router_request import announce, withdraw
 from moelora.scope import (
     ATTACHED,
     ATTACHED_SPEC,
@@ -76,6 +77,7 @@ def bind(base: nn.Module, peft_config: dict[str, Any]) -> RoutingScope:
             reads_decoder=lambda name: two_stacks and reads_decoder(name),
         )
     scope_checkpointing(base, scope)
+    announce(base, peft_config)
     return scope
 
 
@@ -93,8 +95,10 @@ def unbind(base: nn.Module) -> None:
     """Remove what :func:`bind` left on the base model."""
     base.__dict__.pop(ATTACHED, None)
     base.__dict__.pop(ATTACHED_SPEC, None)
-    if base.__dict__.pop(SCOPE, None) is None:
+    scope = base.__dict__.pop(SCOPE, None)
+    if scope is None:
         return
+    withdraw(scope)
     unbind_shared(base)
     for module in (base, *_backbones(base)):
         _remove_hooks(module)

@@ -4,7 +4,7 @@ The same for every scope: a router in each layer, one per block, or one for the 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from moelora.routing import (
     share_while_immature,
     top_k_routing,
 )
-from moelora.scope import Frame, RoutingScope, TapeEntry
+from moelora.scope import Frame, RoutingScope, Tape, TapeEntry
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,9 @@ def decide(
         return routing
     for recorder in scope.recorders:
         recorder.add(name, routing)
-    if not training or frame is None or frame.tape is None or spec.aux_loss_coef == 0:
+    if frame is None or frame.tape is None:
+        return routing
+    if not frame.tape.takes(training=training, coefficient=spec.aux_loss_coef):
         return routing
     entry = TapeEntry(
         layer_name=name,
@@ -136,7 +138,19 @@ def decide(
         router_is_trainable=any(p.requires_grad for r, _ in routers for p in r.parameters()),
         checkpointed=frame.checkpointed,
     )
-    if frame.tape.closed:
-        return attach_deferred(entry, frame.tape)
-    frame.tape.add(entry)
-    return routing
+    weights = report(routing.routing_weights, entry, frame.tape)
+    return replace(routing, routing_weights=weights)
+
+
+def report(result: Tensor, entry: TapeEntry, tape: Tape) -> Tensor:
+    """Leave a decision on the tape; in a recomputation, whose tape is closed, attach its loss.
+
+    Args:
+        result: what the decision led to, the weights or the layer's output.
+        entry: the decision.
+        tape: that of the decision's forward.
+    """
+    if tape.closed:
+        return attach_deferred(result, entry, tape)
+    tape.add(entry)
+    return result

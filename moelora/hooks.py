@@ -17,6 +17,7 @@ from moelora.errors import RoutingWeightsError, UnsupportedLayerError
 from moelora.first_pass import first_pass, keep_cache
 from moelora.places import is_encoder_decoder
 from moelora.router import Router
+from moelora.router_request import take_request
 from moelora.scope import (
     ATTACHED,
     ATTACHED_SPEC,
@@ -122,15 +123,15 @@ def before_forward(
         _pass_keyword_to_layers(base)
     for recorder in scope.recorders:
         recorder.begin_forward()
-    is_training = base.training and torch.is_grad_enabled()
+    tape = _tape(base, scope, kwargs)
     frame = Frame(
         weights=weights,
         batch_shape=batch_shape,
         generating=generating,
         row_repeats=outer.row_repeats if outer is not None and generating else 1,
-        token_mask=_mask(kwargs.get("attention_mask"), args) if is_training else None,
-        decoder_token_mask=_mask(kwargs.get("decoder_attention_mask")) if is_training else None,
-        tape=Tape() if is_training else None,
+        token_mask=None if tape is None else _mask(kwargs.get("attention_mask"), args),
+        decoder_token_mask=None if tape is None else _mask(kwargs.get("decoder_attention_mask")),
+        tape=tape,
         is_forward=True,
     )
     if weights is None:
@@ -138,6 +139,16 @@ def before_forward(
     scope.pop()
     scope.push(frame)
     return args, kwargs
+
+
+def _tape(base: nn.Module, scope: RoutingScope, kwargs: dict[str, Any]) -> Tape | None:
+    """Where routers leave their decisions: in training, or when the caller asks for their loss."""
+    training = base.training and torch.is_grad_enabled()
+    asked = take_request(scope, kwargs)
+    if not (training or asked):
+        return None
+    observed = training and bool(scope.observers) and not torch.compiler.is_compiling()
+    return Tape(training=training, asked=asked, observed=observed)
 
 
 def _with_model_routing(
@@ -170,7 +181,9 @@ def _report_attached(base: nn.Module, router: Router, hidden_states: Tensor, fra
     Other routers return weights alone, from which neither can be told.
     """
     scope, spec = scope_of(base), base.__dict__[ATTACHED_SPEC]
-    training = frame.tape is not None and spec.aux_loss_coef > 0
+    training = frame.tape is not None and frame.tape.takes(
+        training=frame.tape.training, coefficient=spec.aux_loss_coef
+    )
     if scope is None or not (scope.recorders or training):
         return
     routing = router.routing(hidden_states.to(router.weight.device, router.weight.dtype))
@@ -212,12 +225,7 @@ def after_forward(
     keep_cache(output, frame.first_pass_cache)
     if frame.tape is None:
         return None
-    entries = frame.tape.close()
-    if not entries:
-        return None
-    return add_auxiliary_loss(
-        base, output, entries, kwargs, tape=frame.tape, told_scale=scope.aux_loss_scale
-    )
+    return add_auxiliary_loss(base, output, kwargs, tape=frame.tape, scope=scope)
 
 
 def _check_plain(base: nn.Module, kwargs: dict[str, Any]) -> None:

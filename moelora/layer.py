@@ -14,6 +14,7 @@ from moelora import _peft
 from moelora.alignment import align_routing_weights, check_routing_weights
 from moelora.decision import MixtureSpec, consecutive_columns, decide
 from moelora.errors import RoutingWeightsError, UnsupportedLayerError
+from moelora.fused_layer import combine, fusable, is_plain_linear, route, routes_in_one_op
 from moelora.ops import lora_combine, mix_ranks
 from moelora.places import reads_position_pairs
 from moelora.routing import Routing
@@ -111,6 +112,10 @@ def _mixed_forward(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Tensor:
+    if not args and not kwargs:
+        output = _fused_forward(layer, x, weights, frame)
+        if output is not None:
+            return output
     variant_kwargs = {key: kwargs.pop(key, None) for key in _peft.VARIANT_KWARG_KEYS}
     base = layer.base_layer(x, *args, **kwargs)
     if not isinstance(base, Tensor):
@@ -136,6 +141,34 @@ def _mixed_forward(
             delta = _linear_delta(layer, adapter, x, expert_weights)
         result = result + delta
     return result.to(base.dtype)
+
+
+def _fused_forward(
+    layer: Any, x: Tensor, weights: Tensor | None, frame: Frame | None
+) -> Tensor | None:
+    """A plain linear layer with all its adapters in one op; None where that is not possible."""
+    adapters = _own_adapters(layer)
+    base = fusable(layer, x, adapters)
+    if base is None:
+        return None
+    if weights is not None:
+        return combine(layer, x, base, _explicit_weights(layer, x, weights, frame))
+    binding = binding_of(layer)
+    scope = None if binding is None else binding.scope
+    spec = mixtures_of(layer).get(adapters[0])
+    if spec is not None and routes_in_one_op(layer, x, adapters, spec, scope):
+        return route(
+            layer,
+            adapters[0],
+            x,
+            base,
+            spec=spec,
+            name=_name(layer),
+            scope=scope,
+            frame=frame,
+            token_mask=_token_mask(layer, x, frame),
+        )
+    return combine(layer, x, base, _routed_weights(layer, x, frame))
 
 
 # Which weight each adapter gets --------------------------------------------------------------
@@ -257,7 +290,7 @@ def _route(layer: Any, x: Tensor, routers: list[str], frame: Frame | None) -> Ro
 def _token_mask(layer: Any, x: Tensor, frame: Frame | None) -> Tensor | None:
     """Which of the layer's tokens are real, where the model's mask speaks of these very tokens."""
     binding = binding_of(layer)
-    if frame is None or binding is None or not layer.training:
+    if frame is None or binding is None:
         return None
     mask = frame.decoder_token_mask if binding.reads_decoder else frame.token_mask
     lead = _lead(layer, x)
@@ -278,7 +311,7 @@ def _linear_delta(layer: Any, adapter: str, x: Tensor, weights: Tensor | None) -
     if weights is None:
         return lora_b(lora_a(x)) * scaling  # type: ignore[no-any-return]
     scaled = _scaled(weights, scaling)
-    if lora_b.bias is None and _is_plain_linear(lora_a) and _is_plain_linear(lora_b):
+    if lora_b.bias is None and is_plain_linear(lora_a) and is_plain_linear(lora_b):
         return lora_combine(x, lora_a.weight, lora_b.weight, scaled)
     delta = lora_b(mix_ranks(lora_a(x), scaled))
     return _weigh_bias(delta, lora_b.bias, scaled)
@@ -287,12 +320,6 @@ def _linear_delta(layer: Any, adapter: str, x: Tensor, weights: Tensor | None) -
 def _scaled(weights: Tensor, scaling: float | Tensor) -> Tensor:
     """Weights times scaling in at least float32: only the model's own dtype may cost accuracy."""
     return weights.to(torch.promote_types(weights.dtype, torch.float32)) * scaling
-
-
-def _is_plain_linear(module: nn.Module) -> bool:
-    """Whether using the weight is the same as calling the module (no hooks, no wrapper)."""
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    return type(module) is nn.Linear and not hooked and "forward" not in module.__dict__
 
 
 def _weigh_bias(delta: Tensor, bias: Tensor | None, scaled: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ holds the explicit weights, the padding mask and the tape of router decisions. F
 thread and leave with the forward, also when it raises; nothing that carries a graph stays.
 """
 
+import copy
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,26 +20,44 @@ from moelora.routing import Routing
 
 @dataclass(frozen=True)
 class TapeEntry:
-    """One router's decision during a training forward, until the losses are taken from it."""
+    """One router's decision during a training forward, until the losses are taken from it.
+
+    Attributes:
+        layer_name: the router's layer or block.
+        routing: the decision; None if a fused op made it and nobody looks.
+        token_mask: ``(tokens,)`` True for real tokens, or None.
+        loss_type: which auxiliary loss.
+        coefficient: its weight.
+        router_is_trainable: whether a gradient is wanted.
+        checkpointed: made inside a block that is recomputed in backward.
+        statistics: the sums that a fused op made of the decision, and the number of experts.
+    """
 
     layer_name: str
-    routing: Routing
+    routing: Routing | None
     token_mask: Tensor | None
     loss_type: str
     coefficient: float
     router_is_trainable: bool
     checkpointed: bool
+    statistics: tuple[Tensor, int] | None = None
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether the loss of this decision has a gradient now."""
+        if self.statistics is not None:
+            return self.statistics[0].requires_grad
+        return self.routing is not None and self.routing.router_logits.requires_grad
 
     @property
     def deferred(self) -> bool:
         """Whether the gradient has to wait for the block's recomputation."""
-        return self.checkpointed and not self.routing.router_logits.requires_grad
+        return self.checkpointed and not self.has_graph
 
     @property
     def lost(self) -> bool:
         """Whether the router's gradient cannot be had at all."""
-        has_gradient = self.checkpointed or self.routing.router_logits.requires_grad
-        return self.router_is_trainable and not has_gradient
+        return self.router_is_trainable and not (self.checkpointed or self.has_graph)
 
 
 @dataclass
@@ -48,16 +68,28 @@ class Tape:
     nothing is counted twice.
 
     Attributes:
+        training: the forward trains, so that the loss reaches the routers; else it is only told.
+        asked: the caller asked for ``outputs.aux_loss``, in evaluation too.
+        observed: somebody looks at the decisions, so every router reports in training.
         entries: the decisions so far.
         closed: the forward is over.
-        deferred_scale: what the auxiliary loss of one router is to be multiplied with when its
-            block is recomputed; None unless the block ran without a gradient (reentrant
-            checkpointing). Set before the recomputation, by the gradient of the model's loss.
+        deferred: what the loss of one router is to be multiplied with when its block is
+            recomputed, as ``(times its coefficient, plainly)``; None unless the block ran without
+            a gradient (reentrant checkpointing). Set in backward before any recomputation.
     """
 
+    training: bool = True
+    asked: bool = False
+    observed: bool = False
     entries: list[TapeEntry] = field(default_factory=list)
     closed: bool = False
-    deferred_scale: Tensor | float | None = None
+    deferred: "tuple[Tensor | float, Tensor | float] | None" = None
+
+    def takes(self, *, training: bool, coefficient: float) -> bool:
+        """Whether a router of a layer in this mode, with this coefficient, reports."""
+        if coefficient != 0:
+            return self.asked or training
+        return training and self.observed
 
     def add(self, entry: TapeEntry) -> None:
         """Keep ``entry`` while the forward runs."""
@@ -136,29 +168,49 @@ class RoutingRecorder(Protocol):
         """A layer has routed."""
 
 
-class RoutingScope:
-    """The routing state of one base model, shared by its layers. Copies start without frames."""
+class RoutingObserver(Protocol):
+    """Who looks at all decisions of training forwards (the Trainer's callback)."""
 
-    def __init__(self) -> None:
+    def observe(self, entries: list[TapeEntry], aux_loss: Tensor | None) -> None:
+        """A training forward is over; a block's recomputation is none."""
+
+
+_scopes: "weakref.WeakSet[RoutingScope]" = weakref.WeakSet()
+
+
+def live_scopes() -> "list[RoutingScope]":
+    """The scopes of all models that are alive."""
+    return list(_scopes)
+
+
+class RoutingScope:
+    """The routing state of one base model, shared by its layers. Copies start without frames.
+
+    Attributes:
+        recorders: see :func:`moelora.record_routing`.
+        observers: who looks at all decisions in training; kept weakly.
+        aux_loss_scale: how the trainer scales a loss that it computes itself, where it told.
+        known_arguments: the forward's argument names that were looked at.
+        announced: the base's config, where it was made to tell of its routers.
+    """
+
+    def __init__(self, aux_loss_scale: float | None = None, announced: Any = None) -> None:
         self._frames = _FrameStack()
         self.recorders: list[RoutingRecorder] = []
-        self.aux_loss_scale: float | None = None
+        self.observers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.aux_loss_scale = aux_loss_scale
         self.known_arguments: frozenset[str] = frozenset()
+        self.announced = announced
+        _scopes.add(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RoutingScope":
-        copied = RoutingScope()
-        copied.aux_loss_scale = self.aux_loss_scale
+        # the copied base shares the copied config
+        copied = RoutingScope(self.aux_loss_scale, copy.deepcopy(self.announced, memo))
         memo[id(self)] = copied
         return copied
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"aux_loss_scale": self.aux_loss_scale}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._frames = _FrameStack()
-        self.recorders = []
-        self.aux_loss_scale = state["aux_loss_scale"]
-        self.known_arguments = frozenset()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RoutingScope, (self.aux_loss_scale, self.announced)
 
     @property
     def top(self) -> Frame | None:
