@@ -1,0 +1,187 @@
+"""The table of aims: each figure is one number of one case over one number of another, same run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.baselines import Variant
+from benchmarks.cases import (
+    BASE,
+    CHECKPOINTED,
+    CPU_TRAIN,
+    DECODE_EAGER,
+    DECODE_GRAPH,
+    HALF_LORA,
+    HOST,
+    LORA,
+    MIXTURE,
+    PREFILL,
+    TRAIN_8B,
+    TRAIN_EAGER,
+    TRAIN_GRAPH,
+    TRAIN_LONG,
+    XLORA,
+    Case,
+    Conditions,
+    mixture,
+)
+
+
+@dataclass(frozen=True)
+class Aim:
+    """One figure.
+
+    Attributes:
+        figure: what it says.
+        conditions: of both cases.
+        variant: above the line.
+        over: below the line.
+        bound: the value to reach.
+        metric: which of the cases' numbers.
+        at_least: whether larger is better.
+    """
+
+    figure: str
+    conditions: Conditions
+    variant: Variant
+    over: Variant
+    bound: float
+    metric: str = "wall_ms"
+    at_least: bool = False
+
+    @property
+    def cases(self) -> tuple[str, str]:
+        """Names of the case above and of the one below the line."""
+        return (
+            Case(self.conditions, self.variant).name,
+            Case(self.conditions, self.over).name,
+        )
+
+    def reached(self, value: float) -> bool:
+        """Whether a value is as good as the bound."""
+        return value >= self.bound if self.at_least else value <= self.bound
+
+
+def _over(conditions: Conditions, where: str, bounds: Sequence[tuple[Variant, float]]) -> list[Aim]:
+    names = {
+        BASE: "frozen base",
+        LORA: "one PEFT LoRA",
+        HALF_LORA: "one PEFT LoRA, bf16 adapters",
+    }
+    return [
+        Aim(f"{where} / {names[over]}", conditions, MIXTURE, over, bound) for over, bound in bounds
+    ]
+
+
+def _ratio_of_mixtures(experts: int, bound: float) -> Aim:
+    figure = f"training step, 1B, CUDA graph: E = {experts} / E = 8"
+    return Aim(figure, TRAIN_GRAPH, mixture(experts), MIXTURE, bound)
+
+
+def _xlora(figure: str, conditions: Conditions, bound: float, metric: str = "wall_ms") -> Aim:
+    return Aim(
+        f"X-LoRA, E = 8 / moelora: {figure}", conditions, XLORA, MIXTURE, bound, metric, True
+    )
+
+
+AIMS: list[Aim] = [
+    *_over(
+        TRAIN_GRAPH,
+        "training step, 1B, 4096 tokens, CUDA graph",
+        [(LORA, 0.65), (HALF_LORA, 0.95), (BASE, 1.20)],
+    ),
+    *_over(
+        TRAIN_8B,
+        "training step, 8B-like layers, 4096 tokens, eager",
+        [(LORA, 0.65), (HALF_LORA, 0.95), (BASE, 1.15)],
+    ),
+    *_over(
+        TRAIN_LONG,
+        "training step, 1B, 8192 tokens, eager",
+        [(LORA, 0.65), (HALF_LORA, 0.95), (BASE, 1.20)],
+    ),
+    *_over(TRAIN_EAGER, "training step, 1B, 4096 tokens, eager", [(LORA, 0.70)]),
+    Aim(
+        "peak memory above weights, training, 1B / one PEFT LoRA",
+        TRAIN_EAGER,
+        MIXTURE,
+        LORA,
+        0.75,
+        "peak_mib",
+    ),
+    *(
+        aim
+        for conditions in CHECKPOINTED
+        for aim in _over(
+            conditions,
+            f"{conditions.checkpointing} checkpointing, training step, 1B, eager",
+            [(BASE, 1.25)],
+        )
+    ),
+    *_over(PREFILL, "prefill, 1B, 4096 tokens, eager", [(BASE, 1.25), (LORA, 0.60)]),
+    *(
+        Aim(
+            f"decoding, 1B, CUDA graph, batch {conditions.batch}, k = 2 of {variant.experts}"
+            " / frozen base",
+            conditions,
+            variant,
+            BASE,
+            1.30,
+        )
+        for conditions in DECODE_GRAPH
+        for variant in (MIXTURE, mixture(64))
+    ),
+    *_over(DECODE_EAGER, "decoding, 1B, eager, batch 1", [(LORA, 1.0)]),
+    _ratio_of_mixtures(16, 1.06),
+    _ratio_of_mixtures(64, 1.20),
+    _xlora("training time, 1B, eager", TRAIN_EAGER, 10),
+    _xlora("training memory, 1B", TRAIN_EAGER, 5, "peak_mib"),
+    _xlora("prefill, 1B, eager", PREFILL, 15),
+    *(
+        Aim(
+            f"host time per adapted linear, {name} / one PEFT LoRA",
+            HOST,
+            MIXTURE,
+            LORA,
+            1.0,
+            f"{name}_us_per_linear",
+        )
+        for name in ("forward", "training")
+    ),
+    Aim(
+        "training step, SmolLM2-135M, two CPU cores, E = 8 / one PEFT LoRA",
+        CPU_TRAIN,
+        MIXTURE,
+        LORA,
+        1.35,
+    ),
+]
+
+
+def number(metrics: dict[str, Any], name: str) -> float | None:
+    """A metric's value: its median where it has quantiles; None where it was not measured.
+
+    Example:
+        >>> number({"wall_ms": {"p50": 2.0}}, "wall_ms")
+        2.0
+    """
+    value = metrics.get(name)
+    if isinstance(value, dict):
+        value = value["p50"]
+    return None if value is None else float(value)
+
+
+def value_of(aim: Aim, runs: Sequence[dict[str, Any]]) -> tuple[float, dict[str, Any]] | None:
+    """An aim's value in the newest run that holds both cases, with that run; None if none does."""
+    for run in runs:
+        found = {
+            result["case"]: number(result["metrics"], aim.metric)
+            for result in run["results"]
+            if result["status"] == "ok" and result["case"] in aim.cases
+        }
+        above, below = (found.get(name) for name in aim.cases)
+        if above is not None and below:
+            return above / below, run
+    return None

@@ -1,0 +1,193 @@
+"""Is a variant right? Asked before it is timed, of the very step that is timed.
+
+The loss or the logits, and the gradients of all adapter tensors by kind, are held against the slow
+way (:mod:`benchmarks.slow`) by ``||fast - slow|| / ||slow||``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.baselines import Built, Variant
+from benchmarks.cases import Conditions
+from benchmarks.slow import slow_layers, slow_loss
+from benchmarks.steps import checkpoint, make_step, training_inputs
+from benchmarks.timing import Step
+from moelora import Routing, record_routing
+
+#: Allowed relative errors by dtype of the base model: of logits, and of gradients. Rounding of the
+#: base model's own activations through all blocks is most of it; PEFT's one LoRA has the same.
+TOLERANCES = {"fp32": (1e-4, 1e-3), "fp16": (1e-2, 4e-2), "bf16": (4e-2, 1e-1)}
+#: Its experts are chosen anew in the slow run, from activations that were rounded otherwise.
+_CHOOSES_ANEW = {"arrow", "npasses", "xlora"}
+#: The slow way does not see what a router of a whole block or model reads, so no gradient passes
+#: through its weights there: not to the router, and with one per block not to the layers before.
+_NOT_COMPARED = {"layer": ("lora_A", "lora_B", "lora_router"), "model": ("lora_router",)}
+
+
+INFINITE = float("inf")
+
+
+class WrongResultError(AssertionError):
+    """A variant computes something else than it should."""
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """``||actual - expected|| / ||expected||`` in float64; infinite for NaN.
+
+    Example:
+        >>> relative_error(torch.tensor([3.0, 0.0]), torch.tensor([3.0, 4.0]))
+        0.8
+    """
+    difference = (actual.double() - expected.double()).norm()
+    error = (difference / expected.double().norm().clamp(min=1e-300)).item()
+    return error if error == error else INFINITE
+
+
+def kind_of(parameter_name: str) -> str:
+    """``lora_A``, ``lora_B``, ``lora_router`` ...: what a parameter is, from its name."""
+    parts = [part for part in parameter_name.split(".") if part.startswith(("lora_", "internal_"))]
+    return parts[-1] if parts else parameter_name.rsplit(".", 1)[-1]
+
+
+def gradient_errors(built: Built, expected: dict[str, Tensor]) -> dict[str, float]:
+    """Relative error of the gradients by kind of parameter, over all layers.
+
+    Raises:
+        WrongResultError: if a parameter has a gradient in one way only.
+    """
+    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for name, parameter in built.model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if (parameter.grad is None) != (name not in expected):
+            raise WrongResultError(f"{name} has {'no' if parameter.grad is None else 'a'} gradient")
+        if parameter.grad is not None:
+            pairs.setdefault(kind_of(name), []).append((parameter.grad, expected[name]))
+    return {
+        kind: relative_error(
+            *(torch.cat([t.flatten().double() for t in ts]) for ts in zip(*found, strict=True))
+        )
+        for kind, found in pairs.items()
+    }
+
+
+def record_of(variant: Variant, built: Built, forward: Callable[[], Any]) -> dict[str, Routing]:
+    """The routing of one forward, by layer; empty where moelora does not route."""
+    if variant.kind != "moelora" or variant.detail in {"given", "fixed"}:
+        return {}
+    with record_routing(built.model) as record:
+        forward()
+    return record.routing
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a step has to give.
+
+    Attributes:
+        value: the loss or the logits; None where only a finite value is asked for.
+        gradients: by parameter name.
+    """
+
+    value: Tensor | None
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+
+def expected_of(variant: Variant, built: Built, conditions: Conditions) -> Expected:
+    """Compute a step's result the slow way. Call it before the step is recorded or compiled."""
+    if variant.kind == "base" or conditions.kind == "generate":
+        return Expected(None)
+    if conditions.kind in {"train", "leak"}:
+        return _expected_training(variant, built, conditions)
+    plain = Conditions(conditions.kind, conditions.shape, conditions.batch, conditions.tokens)
+    eager = make_step(built, plain)
+    eager.prepare()
+    # once as it is: Arrow makes its prototypes in its first forward
+    eager.run()
+    eager.prepare()
+    record = record_of(variant, built, eager.run)
+    with slow_layers(variant, built, record):
+        eager.prepare()
+        return Expected(eager.run().clone())
+
+
+def _expected_training(variant: Variant, built: Built, conditions: Conditions) -> Expected:
+    inputs = training_inputs(built, conditions, next(built.model.parameters()).device)
+    record = record_of(variant, built, lambda: built.call(**inputs))
+    if conditions.checkpointing:
+        built.model.gradient_checkpointing_disable()
+    _forget_gradients(built)
+    with slow_layers(variant, built, record) as run:
+        loss = slow_loss(run, built.call(**inputs).loss)
+        loss.backward()
+    expected = {
+        name: parameter.grad
+        for name, parameter in built.model.named_parameters()
+        if parameter.requires_grad and parameter.grad is not None
+    }
+    _forget_gradients(built)
+    if conditions.checkpointing:
+        checkpoint(built, conditions)
+    return Expected(loss.detach(), expected)
+
+
+def _forget_gradients(built: Built) -> None:
+    for parameter in built.trainable:
+        parameter.grad = None
+
+
+def check(
+    variant: Variant, built: Built, conditions: Conditions, step: Step, expected: Expected
+) -> dict[str, float]:
+    """Hold one run of the step that will be timed against what it has to give.
+
+    Returns:
+        The relative errors: of the loss or the logits, and of the gradients by kind.
+
+    Raises:
+        WrongResultError: if one is beyond its tolerance, or ``generate`` stopped early.
+    """
+    step.prepare()
+    value = step.run()
+    if conditions.kind == "generate":
+        length = conditions.tokens + step.repeats
+        if value.shape[-1] != length:
+            raise WrongResultError(f"generate made {value.shape[-1]} tokens, not {length}")
+        return {}
+    name = "loss" if conditions.kind in {"train", "leak"} else "logits"
+    if expected.value is None:
+        return judge({name: 0.0 if bool(value.isfinite().all()) else INFINITE}, variant, conditions)
+    errors = {name: relative_error(value, expected.value)}
+    if name == "loss":
+        for kind, error in gradient_errors(built, expected.gradients).items():
+            if kind not in _NOT_COMPARED.get(variant.detail, ()):
+                errors[f"gradient of {kind}"] = error
+    return judge(errors, variant, conditions)
+
+
+def judge(errors: dict[str, float], variant: Variant, conditions: Conditions) -> dict[str, float]:
+    """Return ``errors`` if all are within the tolerance of the conditions' dtype.
+
+    Raises:
+        WrongResultError: naming those that are not.
+    """
+    of_values, of_gradients = TOLERANCES[conditions.dtype]
+    factor = 4 if variant.kind in _CHOOSES_ANEW and conditions.dtype != "fp32" else 1
+    allowed = {
+        name: factor * (of_gradients if name.startswith("gradient") else of_values)
+        for name in errors
+    }
+    wrong = [
+        f"{name}: relative error {error:.2e}, allowed {allowed[name]:.0e}"
+        for name, error in errors.items()
+        if not error <= allowed[name]
+    ]
+    if wrong:
+        raise WrongResultError("; ".join(wrong))
+    return errors

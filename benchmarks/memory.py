@@ -1,0 +1,85 @@
+"""Memory: the peak of a step above the model's own weights, and whether many steps leak."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.shapes import unique_bytes
+from benchmarks.timing import Step
+
+_MIB = 2**20
+
+
+def peak_above_weights(step: Step, model: nn.Module, device: torch.device) -> dict[str, float]:
+    """MiB: the weights, and the most that a step had allocated beyond them.
+
+    Weights are all parameters and buffers, so copies of them that a variant keeps count as its own
+    need, and gradients too. Empty on the CPU, where nobody counts.
+    """
+    if device.type != "cuda":
+        return {}
+    step.prepare()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step.run()
+    torch.cuda.synchronize(device)
+    weights = unique_bytes(model)
+    peak = torch.cuda.max_memory_allocated(device)
+    return {"weights_mib": weights / _MIB, "peak_mib": (peak - weights) / _MIB}
+
+
+def live_tensors() -> tuple[int, int]:
+    """Number and bytes of all tensors that Python's collector can reach.
+
+    Example:
+        >>> before = live_tensors()[0]
+        >>> kept = torch.zeros(3)
+        >>> live_tensors()[0] - before
+        1
+    """
+    gc.collect()
+    # type() asks no proxy object what it stands for, as isinstance would
+    found = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]
+    storages = {
+        item.untyped_storage().data_ptr(): item.untyped_storage().nbytes() for item in found
+    }
+    return len(found), sum(storages.values())
+
+
+def growth(run: Callable[[], Any], *, steps: int, device: torch.device) -> dict[str, Any]:
+    """Run many steps and tell how what stays allocated grew, after the first tenth of them.
+
+    On the GPU bytes are the allocator's, else those of all tensors that are alive.
+
+    Returns:
+        The number of steps, bytes after the first tenth and at the end, live tensors at both.
+    """
+    early = max(1, steps // 10)
+    for _ in range(early):
+        run()
+    first_bytes, first_tensors = _held(device)
+    for _ in range(steps - early):
+        run()
+    last_bytes, last_tensors = _held(device)
+    return {
+        "steps": steps,
+        "early_bytes": first_bytes,
+        "late_bytes": last_bytes,
+        "early_tensors": first_tensors,
+        "late_tensors": last_tensors,
+    }
+
+
+def _held(device: torch.device) -> tuple[int, int]:
+    count, size = live_tensors()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.memory_allocated(device), count
+    return size, count

@@ -1,0 +1,270 @@
+"""Tables from the JSON of runs, and the documents they stand in."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bar import AIMS, number, value_of
+from benchmarks.cases import UnknownNameError
+from benchmarks.environment import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+_MARKED = re.compile(
+    r"(<!-- benchmarks:begin(?: (?P<name>[a-z-]+))? -->\n).*?(<!-- benchmarks:end -->)", re.DOTALL
+)
+_HOST_METRICS = ("us_per_linear", "added_us_per_linear", "added_launches_per_linear")
+_NOT_MEASURED = "not measured"
+Run = dict[str, Any]
+
+
+def load(folder: Path, paths: Sequence[Path] | None = None) -> list[Run]:
+    """All runs of a folder, newest first.
+
+    Raises:
+        UnknownNameError: for a file that is not a run's.
+    """
+    found = []
+    for path in sorted(folder.glob("*.json")) if paths is None else paths:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        if run.get("format") != 1:
+            raise UnknownNameError(f"{path} has format {run.get('format')!r}; 1 is known.")
+        found.append({**run, "file": path.name})
+    return sorted(found, key=lambda run: (run["time"], run["file"]), reverse=True)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; the first column is text, the others are numbers.
+
+    Example:
+        >>> print(markdown(["a", "b"], [["x", "1"]]))
+        | a | b |
+        | --- | ---: |
+        | x | 1 |
+    """
+    align = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, align, *rows))
+
+
+def shown(value: float | None, digits: int = 3) -> str:
+    """A number with so many significant digits, or nothing.
+
+    Example:
+        >>> shown(1234.5), shown(0.98765)
+        ('1234', '0.988')
+    """
+    if value is None:
+        return ""
+    whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
+    return f"{value:.{max(0, digits - whole)}f}"
+
+
+def bar_table(runs: Sequence[Run]) -> str:
+    """Every aim: to reach, measured, reached or not."""
+    rows = []
+    for aim in AIMS:
+        sign = "≥" if aim.at_least else "≤"
+        found = value_of(aim, runs)
+        if found is None:
+            rows.append([aim.figure, f"{sign} {aim.bound:g}", _NOT_MEASURED, ""])
+            continue
+        value, _ = found
+        verdict = "yes" if aim.reached(value) else "**no**"
+        rows.append([aim.figure, f"{sign} {aim.bound:g}", f"{value:.2f}", verdict])
+    return markdown(["figure", "to reach", "measured", "reached"], rows)
+
+
+def groups(runs: Sequence[Run]) -> dict[str, tuple[list[dict[str, Any]], Run]]:
+    """The results of each group, from the newest run with at least two of them that worked."""
+    found: dict[str, tuple[list[dict[str, Any]], Run]] = {}
+    for least in (2, 1, 0):
+        for run in runs:
+            for name in dict.fromkeys(result["group"] for result in run["results"]):
+                members = [result for result in run["results"] if result["group"] == name]
+                worked = sum(result["status"] == "ok" for result in members)
+                if name not in found and worked >= least:
+                    found[name] = (members, run)
+    return found
+
+
+def _quantiles(metrics: dict[str, Any], name: str) -> str:
+    value = metrics.get(name)
+    if not isinstance(value, dict):
+        return ""
+    return f"{shown(value['p50'])} ({shown(value['p20'])}-{shown(value['p80'])})"
+
+
+def _ratio(metrics: dict[str, Any], other: dict[str, Any] | None, name: str = "wall_ms") -> str:
+    above, below = number(metrics, name), number(other or {}, name)
+    return "" if above is None or not below else f"{above / below:.2f}"
+
+
+def model_table(members: Sequence[dict[str, Any]]) -> str:
+    """The variants of one group: times with their 20 and 80 %, memory, ratios to the baselines."""
+    by_variant = {r["variant"]: r["metrics"] for r in members if r["status"] == "ok"}
+    base, lora = by_variant.get("base"), by_variant.get("lora-r16")
+    header = ["variant", "wall ms (20-80 %)", "host ms", "GPU kernels ms", "launches"]
+    header += ["peak MiB above weights", "/ base", "/ one LoRA"]
+    rows = []
+    for variant, metrics in by_variant.items():
+        rows.append(
+            [
+                variant,
+                _quantiles(metrics, "wall_ms"),
+                shown(number(metrics, "host_ms")),
+                shown(number(metrics, "kernels_ms")),
+                shown(number(metrics, "launches")),
+                shown(number(metrics, "peak_mib"), 4),
+                _ratio(metrics, base),
+                _ratio(metrics, lora),
+            ]
+        )
+    return markdown(*_without_empty_columns(header, rows))
+
+
+def _without_empty_columns(
+    header: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
+    kept = [i for i in range(len(header)) if i == 0 or any(row[i] for row in rows)]
+    return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
+def host_table(members: Sequence[dict[str, Any]]) -> str:
+    """Host microseconds and kernel launches per adapted linear."""
+    rows = []
+    for result in members:
+        if result["status"] != "ok" or result["variant"] == "base":
+            continue
+        names = [f"{way}_{name}" for way in ("forward", "training") for name in _HOST_METRICS]
+        values = [shown(number(result["metrics"], name)) for name in names]
+        rows.append([result["variant"], *values])
+    header = ["variant"]
+    for way in ("forward", "training"):
+        header += [f"{way}: host us per linear", "of which added", "launches added"]
+    return markdown(*_without_empty_columns(header, rows))
+
+
+def op_table(members: Sequence[dict[str, Any]]) -> str:
+    """An op's times beside the floor that FLOPs and bytes set."""
+    rows = []
+    for result in members:
+        if result["status"] != "ok":
+            continue
+        row = [result["variant"]]
+        for way in ("forward", "training"):
+            metrics = result["metrics"]
+            row.append(_quantiles(metrics, f"{way}_ms"))
+            row.append(shown(number(metrics, f"{way}_floor_ms")))
+            row.append(shown(number(metrics, f"{way}_over_floor")))
+        rows.append(row)
+    header = ["variant", "forward ms (20-80 %)", "floor ms", "/ floor"]
+    header += ["forward and backward ms (20-80 %)", "floor ms", "/ floor"]
+    return markdown(header, rows)
+
+
+def leak_table(members: Sequence[dict[str, Any]]) -> str:
+    """Bytes and tensors alive early and late in many steps."""
+    rows = []
+    for result in members:
+        if result["status"] != "ok":
+            continue
+        metrics = result["metrics"]
+        grown = metrics["late_bytes"] - metrics["early_bytes"]
+        tensors = metrics["late_tensors"] - metrics["early_tensors"]
+        rows.append([result["variant"], str(metrics["steps"]), str(grown), str(tensors)])
+    return markdown(["variant", "steps", "bytes grown", "tensors grown"], rows)
+
+
+def failures_table(runs: Sequence[Run]) -> str:
+    """What did not run, or ran and was wrong, in the runs that the tables come from."""
+    rows = [
+        [result["case"], result["status"], result["reason"].replace("|", "/")]
+        for members, _ in groups(runs).values()
+        for result in members
+        if result["status"] not in {"ok", "skipped"}
+    ]
+    return markdown(["case", "outcome", "reason"], rows) if rows else "None."
+
+
+def environments_table(runs: Sequence[Run]) -> str:
+    """The machines and versions of the runs that the tables come from."""
+    used = {run["file"]: run for _, run in groups(runs).values()}
+    rows = []
+    for name, run in sorted(used.items()):
+        about = run["environment"]
+        libraries = ", ".join(f"{k} {v}" for k, v in about["libraries"].items() if v)
+        driver = f", driver {about['driver']}" if about["driver"] else f", {about['cores']} cores"
+        commit = about["commit"][:12] + (" with changes" if about["dirty"] else "")
+        threads = f", {about['threads']} threads" if not about["driver"] else ""
+        machine = f"{about['device']}{driver}{threads}"
+        rows.append([f"`{name}`", machine, f"Python {about['python']}, {libraries}", commit])
+    return markdown(["run", "machine", "versions", "commit"], rows) if rows else _NOT_MEASURED
+
+
+_TABLE_OF_KIND = {"host": host_table, "op": op_table, "leak": leak_table}
+_SECTIONS = {
+    "training": ("train",),
+    "inference": ("prefill", "decode", "generate"),
+    "host": ("host",),
+    "ops": ("op",),
+    "leaks": ("leak",),
+}
+
+
+def section(runs: Sequence[Run], kinds: Sequence[str], *, on_cpu: bool) -> str:
+    """The tables of all groups of some kinds, with their conditions as headings."""
+    parts = []
+    for name, (members, run) in sorted(groups(runs).items()):
+        kind = name.split("/", 1)[0]
+        is_cpu = run["environment"]["driver"] is None
+        if kind not in kinds or is_cpu != on_cpu or not any(r["status"] == "ok" for r in members):
+            continue
+        table = _TABLE_OF_KIND.get(kind, model_table)(members)
+        parts.append(f"`{name}`\n\n{table}")
+    return "\n\n".join(parts) if parts else _NOT_MEASURED.capitalize() + "."
+
+
+def tables_of(runs: Sequence[Run]) -> dict[str, str]:
+    """Every generated text by its marker's name."""
+    every_kind = [kind for kinds in _SECTIONS.values() for kind in kinds]
+    return {
+        "bar": bar_table(runs),
+        **{name: section(runs, kinds, on_cpu=False) for name, kinds in _SECTIONS.items()},
+        "cpu": section(runs, every_kind, on_cpu=True),
+        "failures": failures_table(runs),
+        "environments": environments_table(runs),
+    }
+
+
+def updated(text: str, runs: Sequence[Run]) -> str:
+    """A document with everything between its markers made anew; a bare marker holds the aims.
+
+    Raises:
+        UnknownNameError: if a marker names no table.
+    """
+    tables = tables_of(runs)
+
+    def replaced(match: re.Match[str]) -> str:
+        name = match["name"] or "bar"
+        if name not in tables:
+            raise UnknownNameError(f"Unknown table {name!r}: choose one of {', '.join(tables)}.")
+        return f"{match[1]}\n{tables[name]}\n\n{match[3]}"
+
+    return _MARKED.sub(replaced, text)
+
+
+def update_files(runs: Sequence[Run], *, write: bool) -> list[Path]:
+    """The documents whose tables are not those of ``runs``; rewritten if asked."""
+    changed = []
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        new = updated(text, runs)
+        if new != text:
+            changed.append(path)
+            if write:
+                path.write_text(new, encoding="utf-8")
+    return changed

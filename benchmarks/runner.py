@@ -1,0 +1,263 @@
+"""Runs cases one by one: build, check, then measure; every outcome becomes a result."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.baselines import Built
+from benchmarks.cases import Case, Conditions, groups_of
+from benchmarks.correctness import WrongResultError, check, expected_of
+from benchmarks.hosttime import measure_host
+from benchmarks.memory import growth, peak_above_weights
+from benchmarks.ops import measure_op
+from benchmarks.roofline import Ceilings, measure_ceilings
+from benchmarks.shapes import DTYPES, BaseModels
+from benchmarks.steps import build_for, make_step
+from benchmarks.timing import Effort, Step, kernel_profile, time_steps, top_kernels
+
+FORMAT = 1
+
+
+@dataclass
+class Runner:
+    """Measures cases on one device.
+
+    Attributes:
+        device: where.
+        effort: how long per case.
+        seconds: after so long no case is started.
+        leak_steps: steps of a leak case.
+        profile: number of kernels to list per case; 0 for none.
+    """
+
+    device: torch.device
+    effort: Effort = field(default_factory=Effort)
+    seconds: float = float("inf")
+    leak_steps: int = 200
+    profile: int = 0
+    began: float = field(default_factory=time.monotonic)
+    _bases: BaseModels | None = None
+    _ceilings: dict[str, Ceilings] = field(default_factory=dict)
+
+    @property
+    def bases(self) -> BaseModels:
+        """The base models of this run."""
+        if self._bases is None:
+            self._bases = BaseModels(self.device)
+        return self._bases
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the run began."""
+        return time.monotonic() - self.began
+
+    def run(self, cases: Sequence[Case]) -> Iterable[dict[str, Any]]:
+        """Measure ``cases``; yields each result as soon as it is there."""
+        for conditions, members in groups_of(cases).items():
+            if conditions.in_turns:
+                yield from self._group_in_turns(conditions, members)
+            else:
+                for case in members:
+                    yield self._outcome(case)
+
+    def _outcome(self, case: Case) -> dict[str, Any]:
+        if self.elapsed > self.seconds:
+            return result_of(case, status="skipped", reason="no time left")
+        began = self.elapsed
+        result = guarded(case, lambda: self._measure(case))
+        result["took_s"] = round(self.elapsed - began, 2)
+        self.tidy()
+        return result
+
+    def tidy(self) -> None:
+        """Free what the last case held."""
+        gc.collect()
+        torch.compiler.reset()
+        if self.device.type == "cuda":
+            with suppress(RuntimeError):
+                torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+
+    def ceilings(self, dtype: str) -> Ceilings:
+        """The machine's ceilings for a dtype, measured once."""
+        if dtype not in self._ceilings:
+            self._ceilings[dtype] = measure_ceilings(self.device, DTYPES[dtype])
+        return self._ceilings[dtype]
+
+    def measured_ceilings(self) -> dict[str, dict[str, float]]:
+        """All ceilings of this run by dtype."""
+        return {dtype: asdict(found) for dtype, found in self._ceilings.items()}
+
+    def _measure(self, case: Case) -> dict[str, Any]:
+        kind = case.conditions.kind
+        if kind == "op":
+            peak = self.ceilings(case.conditions.dtype)
+            return measure_op(
+                case.variant, case.conditions, self.device, effort=self.effort, peak=peak
+            )
+        if kind == "host":
+            return measure_host(case, self.bases, self.effort)
+        built = build_for(case.conditions, case.variant, self.bases)
+        if kind == "leak":
+            return self._leak(case, built)
+        return self._model(case, built)
+
+    def _model(self, case: Case, built: Built) -> dict[str, Any]:
+        """Check, time, then look at kernels and memory."""
+        memory = self._eager_peak(case, built)
+        errors, step = self._checked(case, built)
+        (metrics,) = time_steps([step], self.device, self.effort)
+        found: dict[str, Any] = {**metrics, **memory}
+        if case.conditions.mode == "eager":
+            found.update(peak_above_weights(step, built.model, self.device))
+        extra: dict[str, Any] = {}
+        if self.device.type == "cuda":
+            found.update(kernel_profile(step))
+            if self.profile:
+                extra["kernels"] = top_kernels(step, count=self.profile)
+        return {"metrics": found, "errors": errors, **extra}
+
+    def _eager_peak(self, case: Case, built: Built) -> dict[str, float]:
+        """The peak of a step that will be recorded: a recorded one keeps its memory."""
+        if case.conditions.mode == "eager" or self.device.type != "cuda":
+            return {}
+        step = make_step(built, replace(case.conditions, mode="eager"))
+        step.prepare()
+        step.run()
+        found = peak_above_weights(step, built.model, self.device)
+        step.prepare()
+        return found
+
+    def _checked(self, case: Case, built: Built) -> tuple[dict[str, float], Step]:
+        """The step to time, after it was found right."""
+        expected = expected_of(case.variant, built, case.conditions)
+        step = make_step(built, case.conditions)
+        return check(case.variant, built, case.conditions, step, expected), step
+
+    def _leak(self, case: Case, built: Built) -> dict[str, Any]:
+        errors, step = self._checked(case, built)
+
+        def once() -> None:
+            step.prepare()
+            step.run()
+
+        return {
+            "metrics": growth(once, steps=self.leak_steps, device=self.device),
+            "errors": errors,
+        }
+
+    def _group_in_turns(
+        self, conditions: Conditions, members: Sequence[Case]
+    ) -> Iterable[dict[str, Any]]:
+        """All variants of a group alive together, timed in turns."""
+        results: dict[Case, dict[str, Any]] = {}
+        steps: dict[Case, Step] = {}
+        for case in members:
+            if self.elapsed > self.seconds:
+                results[case] = result_of(case, status="skipped", reason="no time left")
+                continue
+
+            def prepared(case: Case = case) -> dict[str, Any]:
+                errors, steps[case] = self._checked(
+                    case, build_for(conditions, case.variant, self.bases)
+                )
+                return {"errors": errors}
+
+            results[case] = guarded(case, prepared)
+        runnable = [case for case in members if results[case]["status"] == "ok"]
+        effort = replace(self.effort, seconds=self.effort.seconds * max(1, len(runnable)))
+        timed = time_steps([steps[case] for case in runnable], self.device, effort)
+        for case, metrics in zip(runnable, timed, strict=True):
+            results[case]["metrics"] = metrics
+        steps.clear()
+        self.tidy()
+        yield from results.values()
+
+
+def result_of(case: Case, **fields: Any) -> dict[str, Any]:
+    """A result with everything that identifies its case."""
+    return {
+        "case": case.name,
+        "group": case.conditions.name,
+        "variant": case.variant.name,
+        "conditions": asdict(case.conditions),
+        "sizes": asdict(case.variant),
+        **fields,
+    }
+
+
+def guarded(case: Case, measure: Any) -> dict[str, Any]:
+    """A result, whatever happens: a case that cannot run must not take the others with it."""
+    try:
+        return result_of(case, status="ok", **measure())
+    except WrongResultError as error:
+        return result_of(case, status="wrong", reason=str(error))
+    except torch.OutOfMemoryError as error:
+        return result_of(case, status="out of memory", reason=_first_line(error))
+    except Exception as error:  # noqa: BLE001 - becomes a result that says so
+        if os.environ.get("BENCHMARKS_TRACEBACK"):
+            traceback.print_exc()
+        return result_of(case, status="failed", reason=_first_line(error))
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {text[0]}"[:300]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    Path(beside).replace(path)
+
+
+def run_and_write(
+    runner: Runner, cases: Sequence[Case], path: Path, *, about: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Run ``cases``, keep the file up to date after each, and tell the progress on stderr."""
+    results: list[dict[str, Any]] = []
+    for result in runner.run(cases):
+        results.append(result)
+        tell(f"[{runner.elapsed:6.1f} s {len(results)}/{len(cases)}] {line_of(result)}")
+        content = {
+            "format": FORMAT,
+            **about,
+            "ceilings": runner.measured_ceilings(),
+            "results": results,
+        }
+        write_json(path, content)
+    return results
+
+
+def tell(line: str) -> None:
+    """One line on stderr, at once."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def line_of(result: dict[str, Any]) -> str:
+    """A result in one line."""
+    if result["status"] != "ok":
+        return f"{result['case']}: {result['status'].upper()}: {result['reason']}"
+    shown = []
+    for name, value in result["metrics"].items():
+        if isinstance(value, dict):
+            shown.append(f"{name} {value['p50']:.4g}")
+        elif name in {"peak_mib", "kernels_ms", "launches", "early_bytes", "late_bytes"}:
+            shown.append(f"{name} {value:.6g}")
+    worst = max(result["errors"].values(), default=0.0)
+    return f"{result['case']}: {', '.join(shown)} (error {worst:.1e})"

@@ -1,0 +1,275 @@
+"""Clocks: wall, host and GPU time of a step, with warm-up, synchronisation and quantiles."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+QUANTILES = (20, 50, 80)
+#: Written between two runs of an op, so that its inputs come from memory: five times an H100's L2.
+_FLUSH_BYTES = 256 * 2**20
+
+
+def do_nothing() -> None:
+    """What there is to prepare when there is nothing."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something to time.
+
+    Attributes:
+        run: does it; returns what tells whether it was right (a loss, logits).
+        prepare: what has to happen before each run and is not timed.
+        rewind: the part of it that a replay of the recorded step needs too.
+        repeats: how many times ``run`` does it inside, for what is too short to time alone.
+    """
+
+    run: Callable[[], Any]
+    prepare: Callable[[], None] = do_nothing
+    rewind: Callable[[], None] = do_nothing
+    repeats: int = 1
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure.
+
+    Attributes:
+        warmup: untimed runs.
+        least: timed runs at least, however long they take.
+        most: timed runs at most.
+        seconds: time after which no run is added.
+    """
+
+    warmup: int = 3
+    least: int = 5
+    most: int = 50
+    seconds: float = 5.0
+
+
+def quantile(samples: Sequence[float], percent: float) -> float:
+    """The ``percent`` % quantile, interpolated linearly between the two nearest samples.
+
+    Raises:
+        ValueError: if there are no samples.
+
+    Example:
+        >>> quantile([4.0, 1.0, 2.0, 3.0], 50)
+        2.5
+    """
+    if not samples:
+        raise ValueError("No samples, so no quantile.")
+    ordered = sorted(samples)
+    position = (len(ordered) - 1) * percent / 100
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def summary(samples: Sequence[float]) -> dict[str, float]:
+    """The reported quantiles and the number of samples.
+
+    Example:
+        >>> summary([1.0, 2.0, 3.0])["p50"]
+        2.0
+    """
+    named = {f"p{percent}": quantile(samples, percent) for percent in QUANTILES}
+    return {**named, "samples": len(samples)}
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class L2Flush:
+    """Overwrites the GPU's cache, so that the next kernel reads its inputs from memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        size = _FLUSH_BYTES if device.type == "cuda" else 0
+        self._buffer = torch.zeros(size, dtype=torch.int8, device=device)
+
+    def __call__(self) -> None:
+        """Flush."""
+        self._buffer.zero_()
+
+
+@dataclass
+class Samples:
+    """Milliseconds of each timed run by clock."""
+
+    wall: list[float]
+    host: list[float]
+    events: list[float]
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Their quantiles by metric name."""
+        found = {"wall_ms": self.wall, "host_ms": self.host, "events_ms": self.events}
+        return {name: summary(samples) for name, samples in found.items() if samples}
+
+
+def time_once(step: Step, device: torch.device, samples: Samples) -> None:
+    """Add one run to ``samples``.
+
+    ``wall`` is from the first launch until the device is done, ``host`` until the last launch,
+    ``events`` between two events on the device, so with the gaps in which it waits for the host.
+    """
+    step.prepare()
+    synchronize(device)
+    on_gpu = device.type == "cuda"
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2)) if on_gpu else (None,) * 2
+    began = time.perf_counter()
+    if start is not None:
+        start.record()
+    step.run()
+    launched = time.perf_counter()
+    if end is not None:
+        end.record()
+    synchronize(device)
+    done = time.perf_counter()
+    samples.wall.append((done - began) * 1e3 / step.repeats)
+    samples.host.append((launched - began) * 1e3 / step.repeats)
+    if start is not None and end is not None:
+        samples.events.append(start.elapsed_time(end) / step.repeats)
+
+
+def time_steps(
+    steps: Sequence[Step], device: torch.device, effort: Effort, *, flush: bool = False
+) -> list[dict[str, dict[str, float]]]:
+    """Time several steps in turns, so that what disturbs the machine disturbs all of them.
+
+    Args:
+        steps: what to time; each is warmed up first.
+        device: where they run.
+        effort: how long.
+        flush: overwrite the GPU's cache before each run.
+
+    Returns:
+        The metrics of each step.
+    """
+    flusher = L2Flush(device) if flush else do_nothing
+    for step in steps:
+        for _ in range(effort.warmup):
+            step.prepare()
+            step.run()
+    synchronize(device)
+    samples = [Samples([], [], []) for _ in steps]
+    began = time.perf_counter()
+    # the collector stays on, as in real training, but need not look at the models each time
+    gc.collect()
+    gc.freeze()
+    try:
+        for count in range(effort.most):
+            if count >= effort.least and time.perf_counter() - began > effort.seconds:
+                break
+            for step, found in zip(steps, samples, strict=True):
+                flusher()
+                time_once(step, device, found)
+    finally:
+        gc.unfreeze()
+    return [found.metrics() for found in samples]
+
+
+def host_time(step: Step, device: torch.device, *, runs: int) -> list[float]:
+    """Microseconds of the host per run, when runs are enqueued without waiting for the device."""
+    for _ in range(3):
+        step.prepare()
+        step.run()
+    synchronize(device)
+    gc.collect()
+    gc.disable()
+    found = []
+    try:
+        for _ in range(runs):
+            step.prepare()
+            began = time.perf_counter()
+            step.run()
+            found.append((time.perf_counter() - began) * 1e6 / step.repeats)
+            # the device must never be the one that is waited for
+            synchronize(device)
+    finally:
+        gc.enable()
+    return found
+
+
+def capture(step: Step) -> Step:
+    """Record ``step`` in a CUDA graph; the result replays it.
+
+    The step's ``prepare`` runs before the recording, its ``rewind`` before each replay; the latter
+    must leave all tensors where they are.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step.prepare()
+            step.run()
+    torch.cuda.current_stream().wait_stream(stream)
+    step.prepare()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step.run()
+
+    def replay() -> Any:
+        graph.replay()
+        return output
+
+    return Step(replay, prepare=step.rewind, repeats=step.repeats)
+
+
+def kernel_profile(step: Step) -> dict[str, float]:
+    """Sum of the kernels' own time of one run, in ms, and the number of launches.
+
+    Unlike the time between two events this has no gaps: what the run would take if the host were
+    infinitely fast.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    step.prepare()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profile:
+        step.run()
+        torch.cuda.synchronize()
+    total, launches = 0.0, 0
+    for event in profile.events() or ():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            total += event.self_device_time_total
+        elif _is_launch(event.name):
+            launches += 1
+    return {"kernels_ms": total / 1e3 / step.repeats, "launches": launches / step.repeats}
+
+
+def top_kernels(step: Step, *, count: int = 15) -> list[dict[str, Any]]:
+    """The kernels that take the most time in one run: name, calls, ms."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    step.prepare()
+    with torch.profiler.profile(activities=activities) as profile:
+        step.run()
+        torch.cuda.synchronize()
+    found: dict[str, list[float]] = {}
+    for event in profile.events() or ():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found.setdefault(event.name, []).append(event.self_device_time_total / 1e3)
+    rows = [
+        {"kernel": name[:120], "calls": len(times), "ms": round(sum(times), 4)}
+        for name, times in found.items()
+    ]
+    return sorted(rows, key=lambda row: -row["ms"])[:count]
+
+
+def _is_launch(name: str) -> bool:
+    """Whether a runtime call starts a kernel, a copy or a fill on the device."""
+    return name.startswith(("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMemset"))
+
+
+def median(samples: Iterable[float]) -> float:
+    """The 50 % quantile."""
+    return quantile(list(samples), 50)
