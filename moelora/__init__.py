@@ -16,13 +16,22 @@ from moelora.errors import (
     MergeError,
     MoELoraError,
     RoutingWeightsError,
+    SkillError,
     UnsupportedLayerError,
 )
 from moelora.losses import load_balancing_loss, router_z_loss, switch_loss
 from moelora.mixture import mark_mature
+from moelora.novelty import (
+    Novelty,
+    NoveltyDetector,
+    pool_hidden_states,
+    router_entropy,
+    skill_embeddings,
+)
 from moelora.record import RoutingRecord, record_routing
 from moelora.router import Router
 from moelora.routing import Routing, top_k_routing
+from moelora.skill_library import SkillLibrary
 
 __version__ = "0.1.0"
 
@@ -35,17 +44,24 @@ __all__ = [
     "MoELoraConfig",
     "MoELoraError",
     "MoETrainerCallback",
+    "Novelty",
+    "NoveltyDetector",
     "Router",
     "Routing",
     "RoutingRecord",
     "RoutingWeightsError",
+    "SkillError",
+    "SkillLibrary",
     "UnsupportedLayerError",
     "install",
     "is_installed",
     "load_balancing_loss",
     "mark_mature",
+    "pool_hidden_states",
     "record_routing",
+    "router_entropy",
     "router_z_loss",
+    "skill_embeddings",
     "switch_loss",
     "top_k_routing",
     "uninstall",

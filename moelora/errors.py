@@ -31,3 +31,7 @@ class CheckpointError(MoELoraError, ValueError):
 
 class AuxLossError(MoELoraError, RuntimeError):
     """The auxiliary loss could not reach the router exactly once with its weight."""
+
+
+class SkillError(MoELoraError, ValueError):
+    """An embedding or a skill that cannot be stored or compared."""
