@@ -37,11 +37,13 @@ from peft.utils import (
     WEIGHTS_NAME,
     PeftType,
     hotswap,
+    set_peft_model_state_dict,
     transformers_weight_conversion,
 )
 from peft.utils.other import _get_submodules as get_submodules
 from peft.utils.other import get_pattern_key
 from transformers import PreTrainedModel
+from transformers.generation.continuous_batching import ContinuousMixin
 
 from moelora.errors import IncompatiblePeftError
 
@@ -72,6 +74,7 @@ __all__ = [
     "get_submodules",
     "install",
     "is_installed",
+    "set_peft_model_state_dict",
     "uninstall",
 ]
 
@@ -211,7 +214,7 @@ def _patches() -> Iterator[_Patch]:
 
 def _table() -> Iterator[_Row]:
     """Owner, attribute, how it is wrapped, by what, and the original's leading parameters."""
-    from moelora import attached, checkpoint, fused_experts, mixture, model
+    from moelora import attached, checkpoint, continuous, fused_experts, mixture, model
 
     generating: list[type] = [
         cls for cls in (PeftModel, *_subclasses(PeftModel)) if "generate" in vars(cls)
@@ -282,6 +285,14 @@ def _table() -> Iterator[_Row]:
             model.set_gradient_checkpointing,
             ("self", "enable", "gradient_checkpointing_func"),
         ),
+        (
+            ContinuousMixin,
+            "init_continuous_batching",
+            _method,
+            continuous.init_continuous_batching,
+            ("self",),
+        ),
+        (ContinuousMixin, "generate_batch", _method, continuous.generate_batch, ("self", "inputs")),
         (PreTrainedModel, "load_adapter", _method, checkpoint.load_adapter_into_base, ("self",)),
     )
     yield from others
