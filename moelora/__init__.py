@@ -28,6 +28,7 @@ from moelora.novelty import (
     router_entropy,
     skill_embeddings,
 )
+from moelora.optim import MoEOptimizer, param_groups
 from moelora.record import RoutingRecord, record_routing
 from moelora.router import Router
 from moelora.routing import Routing, top_k_routing
@@ -43,6 +44,7 @@ __all__ = [
     "MergeError",
     "MoELoraConfig",
     "MoELoraError",
+    "MoEOptimizer",
     "MoETrainerCallback",
     "Novelty",
     "NoveltyDetector",
@@ -57,6 +59,7 @@ __all__ = [
     "is_installed",
     "load_balancing_loss",
     "mark_mature",
+    "param_groups",
     "pool_hidden_states",
     "record_routing",
     "router_entropy",
