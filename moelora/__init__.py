@@ -19,6 +19,8 @@ from moelora.errors import (
     SkillError,
     UnsupportedLayerError,
 )
+from moelora.expert_record import ExpertRecord
+from moelora.experts import ExpertManager
 from moelora.losses import load_balancing_loss, router_z_loss, switch_loss
 from moelora.mixture import mark_mature
 from moelora.novelty import (
@@ -29,6 +31,7 @@ from moelora.novelty import (
     skill_embeddings,
 )
 from moelora.optim import MoEOptimizer, param_groups
+from moelora.optimizer import update_optimizer
 from moelora.record import RoutingRecord, record_routing
 from moelora.router import Router
 from moelora.routing import Routing, top_k_routing
@@ -40,6 +43,8 @@ __all__ = [
     "AuxLossError",
     "CheckpointError",
     "ConfigError",
+    "ExpertManager",
+    "ExpertRecord",
     "IncompatiblePeftError",
     "MergeError",
     "MoELoraConfig",
@@ -68,6 +73,7 @@ __all__ = [
     "switch_loss",
     "top_k_routing",
     "uninstall",
+    "update_optimizer",
 ]
 
 _peft.install()

@@ -4,7 +4,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moelora.errors import RoutingWeightsError
 from moelora.router import Router
 from moelora.routing import Routing
 
@@ -26,6 +25,8 @@ class GateRouter(Router):
         temperature: divides the scores of the dense routing, > 0.
         hidden_size: None; this router has no hidden layer.
         track_maturity: keep the buffer ``mature``.
+        growing: ``top_k`` may be more than ``num_experts``, as in :class:`~moelora.Router`.
+        row_blocks: how many rows each parameter holds; None for one parameter.
 
     Raises:
         ConfigError: as :class:`~moelora.Router`.
@@ -37,6 +38,7 @@ class GateRouter(Router):
         tensor([1.], grad_fn=...)
     """
 
+    row_parameters = ("weight", "bias")
     bias: nn.Parameter
 
     def __init__(
@@ -48,6 +50,8 @@ class GateRouter(Router):
         temperature: float = 2.0,
         hidden_size: int | None = None,
         track_maturity: bool = False,
+        growing: bool = False,
+        row_blocks: list[int] | None = None,
     ) -> None:
         if hidden_size is not None:
             raise ValueError(f"hidden_size of a GateRouter must be None, got {hidden_size}.")
@@ -57,8 +61,10 @@ class GateRouter(Router):
             top_k=top_k,
             temperature=temperature,
             track_maturity=track_maturity,
+            growing=growing,
         )
         self.bias = nn.Parameter(torch.zeros(num_experts))
+        self._cut_rows(row_blocks)
 
     def routing(self, hidden_states: Float[Tensor, "*batch features"]) -> Routing:
         """The whole decision for the flattened tokens; its logits are divided by the temperature.
@@ -66,18 +72,10 @@ class GateRouter(Router):
         Raises:
             RoutingWeightsError: if the hidden states are of another width than ``input_size``.
         """
-        if hidden_states.shape[-1] != self.input_size:
-            raise RoutingWeightsError(
-                f"The GateRouter reads hidden states of width input_size={self.input_size}, got "
-                f"{hidden_states.shape[-1]}."
-            )
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        dtype = torch.promote_types(dtype, hidden_states.dtype)
-        with torch.autocast(device_type=hidden_states.device.type, enabled=False):
-            flat = hidden_states.reshape(-1, self.input_size).to(dtype)
-            scores = flat @ self.weight.to(dtype).T + self.bias.to(dtype)
+        scores = self.logits(hidden_states)
+        scores = scores + self.stacked("bias").to(scores.dtype)
         dense = (scores / self.temperature).softmax(dim=-1)
-        chosen, selected_experts = scores.topk(self.top_k, dim=-1)
+        chosen, selected_experts = scores.topk(min(self.top_k, self.num_experts), dim=-1)
         weights = torch.zeros_like(dense).scatter(-1, selected_experts, chosen.softmax(dim=-1))
         if self.training:
             weights = dense

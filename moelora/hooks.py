@@ -163,6 +163,8 @@ def _with_model_routing(
         return frame
     if attached is None and routers is not None and not routers.chooses():
         return replace(frame, shared={"": SharedRouting(None, {})})
+    if isinstance(attached, Router) and attached.num_experts > 1 and _works_alone(base):
+        return frame
     hidden_states, made_cache = first_pass(base, scope, args, kwargs)
     if attached is not None:
         weights = checked_weights(base, ask_router(attached, hidden_states))
@@ -173,6 +175,14 @@ def _with_model_routing(
     if shared is None:
         return frame
     return replace(frame, shared={"": shared}, first_pass_cache=made_cache)
+
+
+def _works_alone(base: nn.Module) -> bool:
+    """Whether one expert is active: there is nothing to choose from, it serves every token."""
+    layers = (module for module in base.modules() if isinstance(module, _peft.LoraLayer))
+    first = next(layers)
+    binding: LayerBinding = first.__dict__["_moelora_binding"]
+    return sum(binding.experts_of.get(name, 1) for name in first.active_adapters) == 1
 
 
 def _report_attached(base: nn.Module, router: Router, hidden_states: Tensor, frame: Frame) -> None:

@@ -32,6 +32,8 @@ PUBLIC_NAMES = [
     "AuxLossError",
     "CheckpointError",
     "ConfigError",
+    "ExpertManager",
+    "ExpertRecord",
     "IncompatiblePeftError",
     "MergeError",
     "MoELoraConfig",
@@ -60,6 +62,7 @@ PUBLIC_NAMES = [
     "switch_loss",
     "top_k_routing",
     "uninstall",
+    "update_optimizer",
 ]
 
 
