@@ -1,5 +1,7 @@
 """Auxiliary losses of a router, as pure functions of what it decided."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -82,6 +84,65 @@ def router_z_loss(
     mask = _float_mask(router_logits, token_mask).squeeze(-1)
     squares = router_logits.logsumexp(dim=-1).square()
     return (squares * mask).sum() / mask.sum().clamp(min=1.0)
+
+
+def auxiliary_losses(
+    routings: Sequence[Routing],
+    *,
+    loss_type: str,
+    token_mask: Bool[Tensor, " tokens"] | None = None,
+) -> Float[Tensor, " routers"]:
+    """The loss of each of several routers over the same tokens, in a few operations for all.
+
+    Example:
+        >>> from moelora.routing import top_k_routing
+        >>> routing = top_k_routing(torch.zeros(2, 2), top_k=2)
+        >>> auxiliary_losses([routing, routing], loss_type="aux_loss")
+        tensor([1., 1.])
+    """
+    if len(routings) == 1:
+        return auxiliary_loss(routings[0], loss_type=loss_type, token_mask=token_mask)[None]
+    logits = torch.stack([routing.router_logits for routing in routings])
+    mask = _float_mask(logits[0], token_mask)
+    valid_tokens = mask.sum().clamp(min=1.0)
+    if loss_type == "z_loss":
+        return (logits.logsumexp(dim=-1).square() * mask[:, 0]).sum(dim=-1) / valid_tokens
+    probs = torch.stack([routing.router_probs for routing in routings])
+    if loss_type == "switch":
+        selected = probs.argmax(dim=-1, keepdim=True)
+    else:
+        selected = torch.stack([routing.selected_experts for routing in routings])
+    slots = torch.zeros_like(probs).scatter(-1, selected, 1.0)
+    slot_share = (slots * mask).sum(dim=-2) / (valid_tokens * selected.shape[-1])
+    mean_probs = (probs * mask).sum(dim=-2) / valid_tokens
+    return probs.shape[-1] * (slot_share.detach() * mean_probs).sum(dim=-1)
+
+
+def loss_of_statistics(
+    statistics: Float[Tensor, "routers size"], *, num_experts: int, loss_type: str
+) -> Float[Tensor, " routers"]:
+    """The loss of each router from the sums that a fused op made, see ``ops/routed.py``.
+
+    Args:
+        statistics: for each router its experts' mean probabilities, shares of slots, shares of
+            first choices (each padded to the same width), the mean squared logsumexp, the tokens.
+        num_experts: experts of each router.
+        loss_type: as in the config.
+
+    Example:
+        >>> loss_of_statistics(
+        ...     torch.tensor([[0.5, 0.5, 1.0, 0.0, 1.0, 0.0, 3.0, 7.0]]),
+        ...     num_experts=2,
+        ...     loss_type="aux_loss",
+        ... )
+        tensor([1.])
+    """
+    width = (statistics.shape[-1] - 2) // 3
+    if loss_type == "z_loss":
+        return statistics[:, 3 * width]
+    start = 2 * width if loss_type == "switch" else width
+    share = statistics[:, start : start + num_experts].detach()
+    return num_experts * (share * statistics[:, :num_experts]).sum(dim=-1)
 
 
 def auxiliary_loss(

@@ -134,7 +134,8 @@ def limit_capacity(
     # a product that is a whole number but for rounding is that number
     capacity = (capacity * share - _ROUNDING).ceil()
     position = chosen.cumsum(dim=0) - chosen
-    return keep_experts(routing, keep=position < capacity, among=chosen > 0)
+    has_place = (chosen > 0) & (position < capacity)
+    return keep_experts(routing, keep=has_place, among=chosen > 0)
 
 
 def drop_experts(routing: Routing, *, probability: float) -> Routing:

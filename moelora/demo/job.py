@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from moelora._peft import PeftModel
 from moelora.demo.adapters import Plan, attach, plan_contenders

@@ -1,10 +1,27 @@
-"""The arithmetic of a mixture, knowing neither PEFT nor routers.
+"""The arithmetic of a mixture, knowing neither PEFT nor router modules.
 
-``lora_combine_reference`` is the definition of correct (plain loops); ``lora_combine`` computes the
-same by PyTorch products in rank space.
+``reference`` defines what is right (plain loops). ``eager`` computes the same by PyTorch products
+in rank space, ``fused`` and ``routed`` together with the frozen layer they adapt;
+``triton_kernels`` do the routing on a GPU. ``backend.explain`` says which of them runs.
 """
 
+from moelora.ops.backend import Choice, explain
 from moelora.ops.eager import lora_combine, mix_ranks
-from moelora.ops.reference import lora_combine_reference
+from moelora.ops.fused import combine_linear
+from moelora.ops.options import RouterOptions
+from moelora.ops.reference import lora_combine_reference, routed_linear_reference
+from moelora.ops.routed import RoutedOutput, routed_linear, routed_linear_inference
 
-__all__ = ["lora_combine", "lora_combine_reference", "mix_ranks"]
+__all__ = [
+    "Choice",
+    "RoutedOutput",
+    "RouterOptions",
+    "combine_linear",
+    "explain",
+    "lora_combine",
+    "lora_combine_reference",
+    "mix_ranks",
+    "routed_linear",
+    "routed_linear_inference",
+    "routed_linear_reference",
+]

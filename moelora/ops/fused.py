@@ -40,7 +40,7 @@ class _CombineLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, base_weight, lora_a, lora_b, weights, ranks = ctx.saved_tensors
         needs_x, _, _, needs_a, needs_b, needs_weights, _ = ctx.needs_input_grad
         grad_a = grad_b = grad_weights = grad_x = None
@@ -62,7 +62,7 @@ class _CombineLinear(torch.autograd.Function):
 
 def _weight_gradient(grad_mixed: Tensor, ranks: Tensor, weights: Tensor) -> Tensor:
     """``dL/dw[t, e]``: the products summed over the ranks of each expert, in the dtype of ``w``."""
-    per_expert = (grad_mixed * ranks).unflatten(-1, (weights.shape[-1], -1))
+    per_expert: Tensor = (grad_mixed * ranks).unflatten(-1, (weights.shape[-1], -1))
     return per_expert.sum(dim=-1, dtype=weights.dtype)
 
 
@@ -100,7 +100,5 @@ def combine_linear(
         >>> combine_linear(one, one, None, one, one, 2 * one)
         tensor([[3.]])
     """
-    output: Tensor = _CombineLinear.apply(
-        x, base_weight, bias, lora_a, lora_b, weights, is_conv1d
-    )
+    output: Tensor = _CombineLinear.apply(x, base_weight, bias, lora_a, lora_b, weights, is_conv1d)
     return output.view(*x.shape[:-1], output.shape[-1])

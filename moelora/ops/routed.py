@@ -98,7 +98,7 @@ def _layout(lora_a: Tensor, num_experts: int, dtype: torch.dtype) -> _Layout:
 
 
 def pack(x_dtype: torch.dtype, lora_a: Tensor, lora_b: Tensor, router: Tensor) -> Packed:
-    """Bring a layer's adapter into the dtype of its input, A and the router's rows in one matrix."""
+    """Bring an adapter into the dtype of the input, A and the router's rows in one matrix."""
     from moelora.ops import triton_kernels as kernels
 
     layout = _layout(lora_a, router.shape[0], x_dtype)
@@ -195,7 +195,7 @@ class _RoutedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, grad: Tensor | None, grad_statistics: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
         x, base_weight, rows, lora_b, mixed, logits, weights, mask, statistics = ctx.saved_tensors
@@ -296,9 +296,7 @@ def routed_linear(
     output, statistics, logits, weights = _RoutedLinear.apply(
         x, base_weight, bias, lora_a, lora_b, router, token_mask, mature, options, is_conv1d
     )
-    return RoutedOutput(
-        output.view(*x.shape[:-1], output.shape[-1]), logits, weights, statistics
-    )
+    return RoutedOutput(output.view(*x.shape[:-1], output.shape[-1]), logits, weights, statistics)
 
 
 def routed_linear_inference(

@@ -1,15 +1,16 @@
 """Triton kernels of a routed mixture. Their meaning is defined by ``ops/reference.py``.
 
-``z`` is what one product of the input gives: ``[tokens, ranks + splits * padded experts]``, float32;
-first ``A x``, then the router's scores. A float32 router row meets a bfloat16 input as the sum of
-three bfloat16 rows (its leading, middle and trailing bits), so the scores keep float32 accuracy on
-the matrix units.
+``z`` is what one product of the input gives: ``[tokens, ranks + splits * padded experts]``, in
+float32; first ``A x``, then the router's scores. A float32 router row meets a bfloat16 input as the
+sum of three bfloat16 rows (its leading, middle and trailing bits), so the scores keep float32
+accuracy on the matrix units.
 
 Shapes: ``T`` tokens, ``E`` experts, ``K`` experts per token, ``R`` rank of one expert.
 """
 
-# A kernel's arguments are pointers, sizes and strides in the order of its tensors.
-# ruff: noqa: N803, N806
+# N803: a kernel's constants are capitals. SIM102: a constant and a value are no one condition to
+# Triton's compiler.
+# ruff: noqa: N803, SIM102
 
 import triton
 import triton.language as tl
@@ -132,7 +133,7 @@ def _count_fwd_kernel(
     HAS_MASK: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """What a block of tokens adds: slots, first choices, probabilities, squared logsumexp, tokens."""
+    """A block's sums: slots, first choices, probabilities, logsumexp squared, tokens."""
     pid = tl.program_id(0)
     tokens = pid * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = tokens < T
@@ -433,7 +434,7 @@ def _decode_fwd_kernel(
     RECORD: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Route one token and add its experts' update to one block of its output. Reads only their B."""
+    """Route one token and add its experts' update to one block of outputs; reads only their B."""
     token = tl.program_id(0)
     outputs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = outputs < d_out
