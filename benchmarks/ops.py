@@ -1,8 +1,7 @@
-"""The op alone: ``lora_combine`` on one linear's sizes, forward and with backward."""
+"""The ops alone, on one linear's sizes: forward, and with backward."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +13,17 @@ from torch import Tensor
 from benchmarks.baselines import Variant, sparse_weights
 from benchmarks.cases import Conditions
 from benchmarks.correctness import TOLERANCES, WrongResultError, relative_error
-from benchmarks.roofline import Ceilings, Work, combine_work, linear_work
+from benchmarks.roofline import Ceilings, Work, work_of
 from benchmarks.shapes import DTYPES
 from benchmarks.timing import Effort, Step, time_steps
-from moelora.ops import lora_combine, lora_combine_reference
+from moelora.ops import (
+    RouterOptions,
+    combine_linear,
+    lora_combine,
+    lora_combine_reference,
+    routed_linear,
+    routed_linear_reference,
+)
 
 #: Tokens that are checked against the loops of the reference.
 _CHECKED = 8
@@ -25,13 +31,21 @@ _CHECKED = 8
 
 @dataclass(frozen=True)
 class Problem:
-    """One op's inputs; A and B are float32 parameters, as PEFT makes them."""
+    """One op's inputs; A, B and the router are float32 parameters, as PEFT makes them."""
 
     x: Tensor
+    base: Tensor
     lora_a: Tensor
     lora_b: Tensor
     weights: Tensor
-    base: Tensor
+    router: Tensor
+
+    def leaves(self, kind: str) -> dict[str, Tensor]:
+        """The inputs that get gradients, by name."""
+        if kind == "linear":
+            return {"x": self.x}
+        last = {"router": self.router} if kind == "routed" else {"weights": self.weights}
+        return {"x": self.x, "A": self.lora_a, "B": self.lora_b, **last}
 
 
 def make_problem(conditions: Conditions, variant: Variant, device: torch.device) -> Problem:
@@ -47,10 +61,11 @@ def make_problem(conditions: Conditions, variant: Variant, device: torch.device)
     weights = sparse_weights(1, tokens, variant.experts, variant.top_k, device)[0]
     return Problem(
         x=draw(tokens, d_in, std=1.0).to(dtype).requires_grad_(),
+        base=draw(d_out, d_in, std=0.02).to(dtype),
         lora_a=draw(ranks, d_in, std=0.02).requires_grad_(),
         lora_b=draw(d_out, ranks, std=0.1).requires_grad_(),
         weights=weights.requires_grad_(),
-        base=draw(d_out, d_in, std=0.02).to(dtype),
+        router=draw(variant.experts, d_in, std=0.02).requires_grad_(),
     )
 
 
@@ -71,47 +86,65 @@ def combine_loop(x: Tensor, lora_a: Tensor, lora_b: Tensor, weights: Tensor) -> 
     return result.to(x.dtype)  # type: ignore[no-any-return]
 
 
-def function_of(variant: Variant, problem: Problem) -> Callable[[], Tensor]:
-    """What is timed."""
+def options_of(variant: Variant, *, capacity: float | None) -> RouterOptions:
+    """The router of a mixture with default settings and ``lora_alpha = 2 r``."""
+    return RouterOptions(
+        num_experts=variant.experts,
+        top_k=variant.top_k,
+        temperature=2.0,
+        scaling=2.0,
+        capacity_factor=capacity,
+        statistics=capacity is not None,
+    )
+
+
+def function_of(
+    variant: Variant, problem: Problem, *, capacity: float | None = 1.25
+) -> Callable[[], Tensor]:
+    """What is timed.
+
+    Raises:
+        KeyError: for an unknown kind.
+    """
     p = problem
     if variant.kind == "linear":
         return lambda: F.linear(p.x, p.base)
     if variant.kind == "loop":
         return lambda: combine_loop(p.x, p.lora_a, p.lora_b, p.weights)
-    if variant.kind != "combine":
-        raise KeyError(variant.kind)
-    options = {"backend": variant.detail} if variant.detail else {}
-    if "backend" not in inspect.signature(lora_combine).parameters:
-        # parameters of another dtype than x are the op's business once it has backends
+    if variant.kind == "combine":
+        # this one takes parameters of the input's dtype
         return lambda: lora_combine(p.x, p.lora_a.to(p.x), p.lora_b.to(p.x), p.weights)
-    return lambda: lora_combine(p.x, p.lora_a, p.lora_b, p.weights, **options)
+    if variant.kind == "fused":
+        return lambda: combine_linear(p.x, p.base, None, p.lora_a, p.lora_b, p.weights)
+    if variant.kind == "routed":
+        options = options_of(variant, capacity=capacity)
+        inputs = (p.x, p.base, None, p.lora_a, p.lora_b, p.router)
+        return lambda: routed_linear(*inputs, options=options).output
+    raise KeyError(variant.kind)
 
 
 def check_op(variant: Variant, conditions: Conditions, problem: Problem) -> dict[str, float]:
     """Values and gradients of a few tokens against the reference's loops in float64.
 
+    The routed op is checked without a capacity, so that a token does not depend on others.
+
     Raises:
         WrongResultError: if one is beyond its tolerance.
     """
-    if variant.kind == "linear":
-        return {}
     tokens = min(_CHECKED, problem.x.shape[0])
+    leaves = problem.leaves(variant.kind)
     # an output gradient on these tokens alone: the others take no part in any gradient
     probe = torch.randn(tokens, problem.base.shape[0], device=problem.x.device)
-    inputs = [problem.x, problem.lora_a, problem.lora_b, problem.weights]
-    output = function_of(variant, problem)()
-    probed = (output[:tokens].float() * probe).sum()
-    gradients = torch.autograd.grad(probed, inputs)
-    wide = [t.detach()[:tokens].double() if t is problem.x else t.detach().double() for t in inputs]
-    wide[3] = wide[3][:tokens]
-    wide = [tensor.requires_grad_() for tensor in wide]
-    expected = lora_combine_reference(*wide)
-    expected_gradients = torch.autograd.grad((expected * probe.double()).sum(), wide)
-    errors = {"values": relative_error(output[:tokens].detach(), expected.detach())}
-    names = ("x", "A", "B", "weights")
-    for name, found, right in zip(names, gradients, expected_gradients, strict=True):
-        rows = found[:tokens] if name in {"x", "weights"} else found
-        errors[f"gradient of {name}"] = relative_error(rows, right)
+    output = function_of(variant, problem, capacity=None)()[:tokens]
+    found = torch.autograd.grad((output.float() * probe).sum(), list(leaves.values()))
+    wide = {name: tensor.detach().double() for name, tensor in leaves.items()}
+    rows = {name: wide[name][:tokens] for name in ("x", "weights") if name in wide}
+    wide = {name: tensor.requires_grad_() for name, tensor in {**wide, **rows}.items()}
+    expected = _reference(variant, wide, problem.base.double())
+    right = torch.autograd.grad((expected * probe.double()).sum(), list(wide.values()))
+    errors = {"values": relative_error(output.detach(), expected.detach())}
+    for name, fast, slow in zip(wide, found, right, strict=True):
+        errors[f"gradient of {name}"] = relative_error(fast[: slow.shape[0]], slow)
     allowed = TOLERANCES[conditions.dtype][0]
     wrong = [f"{name}: {error:.2e}" for name, error in errors.items() if not error <= allowed]
     if wrong:
@@ -119,14 +152,29 @@ def check_op(variant: Variant, conditions: Conditions, problem: Problem) -> dict
     return errors
 
 
-def work_of(variant: Variant, conditions: Conditions, *, training: bool) -> Work:
-    """FLOPs and bytes of a variant with all experts computed; sparse ways may stay below them."""
-    d_in, d_out = sizes_of(conditions)
-    itemsize = DTYPES[conditions.dtype].itemsize
+def _reference(variant: Variant, inputs: dict[str, Tensor], base: Tensor) -> Tensor:
     if variant.kind == "linear":
-        return linear_work(conditions.tokens, d_in, d_out, itemsize=itemsize, training=training)
-    ranks = variant.experts * variant.r
-    return combine_work(conditions.tokens, d_in, d_out, ranks, itemsize=itemsize, training=training)
+        return inputs["x"] @ base.T
+    x, lora_a, lora_b, last = inputs.values()
+    if variant.kind == "routed":
+        options = options_of(variant, capacity=None)
+        return routed_linear_reference(x, base, None, lora_a, lora_b, last, options=options)[0]
+    update = lora_combine_reference(x, lora_a, lora_b, last)
+    return x @ base.T + update if variant.kind == "fused" else update
+
+
+def work_of_op(variant: Variant, conditions: Conditions, *, training: bool) -> Work:
+    """FLOPs and bytes of a variant."""
+    d_in, d_out = sizes_of(conditions)
+    return work_of(
+        conditions.tokens,
+        d_in,
+        d_out,
+        ranks=0 if variant.kind == "linear" else variant.experts * variant.r,
+        with_base=variant.kind in {"linear", "fused", "routed"},
+        itemsize=DTYPES[conditions.dtype].itemsize,
+        training=training,
+    )
 
 
 def measure_op(
@@ -141,7 +189,7 @@ def measure_op(
     problem = make_problem(conditions, variant, device)
     errors = check_op(variant, conditions, problem)
     function = function_of(variant, problem)
-    leaves = [problem.x, problem.lora_a, problem.lora_b, problem.weights]
+    leaves = list(problem.leaves(variant.kind).values())
     gradient = torch.randn_like(function().detach())
 
     def forget() -> None:
@@ -154,7 +202,7 @@ def measure_op(
     timed = time_steps([forward, both], device, effort, flush=True)
     clock = "events_ms" if device.type == "cuda" else "wall_ms"
     for name, found, training in zip(("forward", "training"), timed, (False, True), strict=True):
-        work = work_of(variant, conditions, training=training)
+        work = work_of_op(variant, conditions, training=training)
         floor = peak.floor_ms(work.flops, work.moved)
         metrics[f"{name}_ms"] = found[clock]
         metrics[f"{name}_host_ms"] = found["host_ms"]

@@ -57,31 +57,43 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     return Ceilings(flops=2 * size**3 / product, bandwidth=2 * source.numel() / copy)
 
 
-def combine_work(
-    tokens: int, d_in: int, d_out: int, ranks: int, *, itemsize: int, training: bool
+def work_of(
+    tokens: int,
+    d_in: int,
+    d_out: int,
+    *,
+    ranks: int,
+    with_base: bool,
+    itemsize: int,
+    training: bool,
 ) -> Work:
-    """Of ``delta = B (w * (A x))`` for all tokens.
+    """Of a frozen linear (``with_base``), of an update of so many ranks, or of both in one op.
 
-    Forward: two products. Backward: four (to x, to A, to B and to the rank space); x, A, B and the
-    output's gradient are read, their gradients written. Nothing else has to touch memory: the rank
-    space is small and the delta is counted as written once.
+    Forward: the base is one product, the update two. Backward: the base has one more, to the input;
+    the update four (to the input, to A, to B, to the rank space). Input, output, their gradients
+    and all weights are counted once each; nothing else has to touch memory, since the rank space is
+    small. Gradients of A and B are float32. All experts are counted; a way that leaves out those
+    that nobody chose may stay below.
+
+    Args:
+        tokens: rows of the input.
+        d_in: its width.
+        d_out: the output's.
+        ranks: of all experts together; 0 for the base alone.
+        with_base: whether the frozen product is part of it.
+        itemsize: bytes of one number.
+        training: forward and backward instead of forward alone.
 
     Example:
-        >>> combine_work(10, 4, 6, 2, itemsize=2, training=False).flops
+        >>> work_of(10, 4, 6, ranks=2, with_base=False, itemsize=2, training=False).flops
         400.0
     """
-    product = 2.0 * tokens * ranks * (d_in + d_out)
-    weights = ranks * (d_in + d_out)
-    forward = tokens * (d_in + d_out) + weights
+    base = d_in * d_out * with_base
+    update = ranks * (d_in + d_out)
+    forward = tokens * (d_in + d_out) + base + update
     if not training:
-        return Work(product, float(forward * itemsize))
-    backward = tokens * (2 * d_in + d_out) + weights
-    moved = (forward + backward) * itemsize + 4.0 * weights
-    return Work(3 * product, moved)
-
-
-def linear_work(tokens: int, d_in: int, d_out: int, *, itemsize: int, training: bool) -> Work:
-    """Of a frozen linear: a product forward, one back to its input."""
-    flops = 2.0 * tokens * d_in * d_out
-    moved = float((tokens * (d_in + d_out) + d_in * d_out) * itemsize)
-    return Work(2 * flops, 2 * moved) if training else Work(flops, moved)
+        return Work(2.0 * tokens * (base + update), float(forward * itemsize))
+    # the output's gradient is read, the input's written; the input is read again for that of A
+    reads = tokens * (d_in + d_out + d_in * bool(ranks)) + base + update
+    flops = 2.0 * tokens * (2 * base + 3 * update)
+    return Work(flops, (forward + reads) * itemsize + 4.0 * update)

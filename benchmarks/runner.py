@@ -78,13 +78,14 @@ class Runner:
         began = self.elapsed
         result = guarded(case, lambda: self._measure(case))
         result["took_s"] = round(self.elapsed - began, 2)
+        if case.conditions.mode in {"compile", "reduce-overhead"}:
+            torch.compiler.reset()
         self.tidy()
         return result
 
     def tidy(self) -> None:
         """Free what the last case held."""
         gc.collect()
-        torch.compiler.reset()
         if self.device.type == "cuda":
             with suppress(RuntimeError):
                 torch.cuda.synchronize(self.device)

@@ -184,7 +184,6 @@ def host_time(step: Step, device: torch.device, *, runs: int) -> list[float]:
         step.prepare()
         step.run()
     synchronize(device)
-    gc.collect()
     gc.disable()
     found = []
     try:

@@ -1,0 +1,235 @@
+"""Tables from made-up runs, the aims by hand, and that the documents hold today's tables."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import benchmarks.report as report
+from benchmarks.bar import AIMS, Aim, number, value_of
+from benchmarks.baselines import Variant
+from benchmarks.cases import (
+    BASE,
+    LORA,
+    MIXTURE,
+    TRAIN_GRAPH,
+    Case,
+    Conditions,
+    UnknownNameError,
+    mixture,
+)
+from benchmarks.report import load, markdown, shown, tables_of, update_files, updated
+from benchmarks.runner import result_of
+
+ENVIRONMENT = {
+    "device": "A GPU",
+    "driver": "1.2",
+    "cores": 4,
+    "threads": 4,
+    "python": "3.12.3",
+    "libraries": {"torch": "2.11.0", "triton": None},
+    "commit": "0123456789abcdef",
+    "dirty": False,
+}
+
+
+def timed(conditions: Conditions, variant: Variant, wall: float, **metrics: Any) -> dict[str, Any]:
+    quantiles = {"p20": wall - 1, "p50": wall, "p80": wall + 1, "samples": 9}
+    return result_of(
+        Case(conditions, variant),
+        status="ok",
+        errors={},
+        metrics={"wall_ms": quantiles, **metrics},
+    )
+
+
+def run_of(*results: dict[str, Any], time: str = "2026-01-01T00:00:00Z") -> dict[str, Any]:
+    return {
+        "format": 1,
+        "time": time,
+        "file": f"run-{time[:10]}.json",
+        "environment": ENVIRONMENT,
+        "ceilings": {},
+        "results": list(results),
+    }
+
+
+STEP = run_of(
+    timed(TRAIN_GRAPH, BASE, 50.0, peak_mib=100.0),
+    timed(TRAIN_GRAPH, LORA, 100.0, peak_mib=200.0),
+    timed(TRAIN_GRAPH, MIXTURE, 60.0, peak_mib=150.0),
+    timed(TRAIN_GRAPH, mixture(64), 90.0, peak_mib=300.0),
+)
+
+
+def test_an_aim_is_the_quotient_of_two_medians_of_one_run() -> None:
+    aim = Aim("a figure", TRAIN_GRAPH, MIXTURE, LORA, 0.65)
+    value, run = value_of(aim, [STEP])  # type: ignore[misc]
+    assert value == pytest.approx(0.6)
+    assert run is STEP
+    assert aim.reached(0.65)
+    assert not aim.reached(0.66)
+
+
+def test_an_aim_to_exceed_is_reached_from_above() -> None:
+    aim = Aim("a figure", TRAIN_GRAPH, LORA, MIXTURE, 10, at_least=True)
+    assert aim.reached(10)
+    assert not aim.reached(9.9)
+
+
+def test_cases_of_different_runs_are_not_compared() -> None:
+    alone = run_of(timed(TRAIN_GRAPH, MIXTURE, 1.0), time="2026-02-02T00:00:00Z")
+    aim = Aim("a figure", TRAIN_GRAPH, MIXTURE, LORA, 0.65)
+    assert value_of(aim, [alone]) is None
+    value, run = value_of(aim, [alone, STEP])  # type: ignore[misc]
+    assert (value, run) == (pytest.approx(0.6), STEP)
+
+
+def test_a_result_that_was_wrong_counts_nowhere() -> None:
+    wrong = result_of(Case(TRAIN_GRAPH, MIXTURE), status="wrong", reason="loss: 1e0")
+    run = run_of(timed(TRAIN_GRAPH, LORA, 100.0), wrong)
+    assert value_of(Aim("a figure", TRAIN_GRAPH, MIXTURE, LORA, 0.65), [run]) is None
+    assert "| loss: 1e0 |" in tables_of([run])["failures"]
+
+
+def test_the_table_of_aims_says_reached_not_reached_and_not_measured() -> None:
+    lines = tables_of([STEP])["bar"].splitlines()
+    assert len(lines) == 2 + len(AIMS)
+    assert lines[2] == (
+        "| training step, 1B, 4096 tokens, CUDA graph / one PEFT LoRA | ≤ 0.65 | 0.60 | yes |"
+    )
+    assert "| training step, 1B, CUDA graph: E = 64 / E = 8 | ≤ 1.2 | 1.50 | **no** |" in lines
+    assert sum("not measured" in line for line in lines) == len(AIMS) - 3
+
+
+def test_a_group_is_shown_with_quantiles_and_both_ratios() -> None:
+    table = tables_of([STEP])["training"]
+    assert table.startswith("`train/llama-1b/4x1024/bf16/graph`\n")
+    assert "| base | 50.0 (49.0-51.0) | 100.0 | 1.00 | 0.50 |" in table
+    assert "| moelora-e8-k2-r16 | 60.0 (59.0-61.0) | 150.0 | 1.20 | 0.60 |" in table
+    # what nobody measured has no column
+    assert "launches" not in table
+
+
+def test_a_group_comes_from_the_newest_run_that_compares_something() -> None:
+    newer = run_of(
+        timed(TRAIN_GRAPH, BASE, 5.0), timed(TRAIN_GRAPH, LORA, 8.0), time="2026-02-02T00:00:00Z"
+    )
+    alone = run_of(timed(TRAIN_GRAPH, LORA, 1.0), time="2026-03-03T00:00:00Z")
+    table = tables_of([alone, newer, STEP])["training"]
+    assert "| lora-r16 | 8.00 (7.00-9.00) | 1.60 | 1.00 |" in table
+    assert "run-2026-02-02.json" in tables_of([alone, newer, STEP])["environments"]
+
+
+def test_results_of_the_cpu_stand_apart() -> None:
+    cpu = run_of(timed(Conditions("train", "smollm2-135m", 2, 128), BASE, 5.0))
+    cpu["environment"] = {**ENVIRONMENT, "device": "A CPU", "driver": None, "threads": 2}
+    tables = tables_of([cpu])
+    assert tables["training"] == "Not measured."
+    assert "smollm2-135m" in tables["cpu"]
+    assert "A CPU, 4 cores, 2 threads" in tables["environments"]
+
+
+def test_ops_hosts_and_leaks_have_tables_of_their_own() -> None:
+    way = {"forward_ms": {"p20": 1.0, "p50": 2.0, "p80": 3.0}, "forward_floor_ms": 1.0}
+    way |= {"training_ms": {"p20": 2.0, "p50": 4.0, "p80": 6.0}, "training_floor_ms": 1.0}
+    op = result_of(
+        Case(Conditions("op", "8x8", 1, 4), Variant("fused", 8, 2)),
+        status="ok",
+        errors={},
+        metrics={**way, "forward_over_floor": 2.0, "training_over_floor": 4.0},
+    )
+    host = result_of(
+        Case(Conditions("host", "tiny", 1, 4), LORA),
+        status="ok",
+        errors={},
+        metrics={"forward_us_per_linear": 20.0, "forward_added_us_per_linear": 12.5},
+    )
+    leak = result_of(
+        Case(Conditions("leak", "tiny", 1, 4), LORA),
+        status="ok",
+        errors={},
+        metrics={
+            "steps": 200,
+            "early_bytes": 100,
+            "late_bytes": 164,
+            "early_tensors": 3,
+            "late_tensors": 3,
+        },
+    )
+    tables = tables_of([run_of(op, host, leak)])
+    assert "| fused-e8-k2-r16 | 2.00 (1.00-3.00) | 1.00 | 2.00 | 4.00" in tables["ops"]
+    assert "| lora-r16 | 20.0 | 12.5 |" in tables["host"]
+    assert "| lora-r16 | 200 | 64 | 0 |" in tables["leaks"]
+
+
+def test_only_the_text_between_markers_is_made_anew() -> None:
+    text = "a\n<!-- benchmarks:begin -->\nold\n<!-- benchmarks:end -->\nb\n"
+    new = updated(text, [STEP])
+    assert new.startswith("a\n<!-- benchmarks:begin -->\n\n| figure |")
+    assert new.endswith("|\n\n<!-- benchmarks:end -->\nb\n")
+    assert "old" not in new
+    assert updated(new, [STEP]) == new
+
+
+def test_a_marker_of_an_unknown_table_is_refused() -> None:
+    text = "<!-- benchmarks:begin speed -->\n<!-- benchmarks:end -->\n"
+    with pytest.raises(UnknownNameError, match="Unknown table 'speed': choose one of bar, "):
+        updated(text, [])
+
+
+def test_documents_are_rewritten_only_when_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "page.md"
+    path.write_text("<!-- benchmarks:begin bar -->\n<!-- benchmarks:end -->\n")
+    monkeypatch.setattr(report, "DOCUMENTS", (path,))
+    assert update_files([STEP], write=False) == [path]
+    assert "0.60" not in path.read_text()
+    assert update_files([STEP], write=True) == [path]
+    assert "| 0.60 | yes |" in path.read_text()
+    assert update_files([STEP], write=True) == []
+
+
+def test_runs_are_loaded_newest_first_and_other_files_refused(tmp_path: Path) -> None:
+    for name, day in (("a", "02"), ("b", "03"), ("c", "01")):
+        run = {**STEP, "time": f"2026-01-{day}T00:00:00Z"}
+        (tmp_path / f"{name}.json").write_text(json.dumps(run))
+    assert [run["file"] for run in load(tmp_path)] == ["b.json", "a.json", "c.json"]
+    (tmp_path / "d.json").write_text("{}")
+    with pytest.raises(UnknownNameError, match="d.json has format None; 1 is known"):
+        load(tmp_path)
+
+
+def test_numbers_keep_their_significant_digits() -> None:
+    assert [shown(x) for x in (None, 0.01234, 1.0, 12.345, 1234.5)] == [
+        "",
+        "0.012",
+        "1.00",
+        "12.3",
+        "1234",
+    ]
+    assert markdown(["a"], [["1"]]) == "| a |\n| --- |\n| 1 |"
+    assert number({"x": 2}, "x") == 2.0
+    assert number({}, "x") is None
+
+
+def test_the_tables_in_the_documents_are_those_of_the_committed_results() -> None:
+    """If this fails: python -m benchmarks table --write."""
+    assert update_files(load(report.RESULTS), write=False) == []
+
+
+def test_committed_results_say_what_they_were_measured_on() -> None:
+    for run in load(report.RESULTS):
+        about = run["environment"]
+        assert about["device"]
+        assert about["commit"] != "unknown"
+        assert {"torch", "peft", "transformers"} <= {k for k, v in about["libraries"].items() if v}
+        for result in run["results"]:
+            case = Case(Conditions(**result["conditions"]), Variant(**result["sizes"]))
+            assert case.name == result["case"]
+            assert asdict(case.variant) == result["sizes"]
