@@ -7,7 +7,10 @@
 from moelora import _peft
 from moelora._peft import install, is_installed, uninstall
 from moelora.callbacks import MoETrainerCallback
+from moelora.composition import ComposedExpert, Composition, compose, freeze_experts
 from moelora.config import MoELoraConfig
+from moelora.description import DescribedExpert, DescribedRouter, Description, describe
+from moelora.distance import RoutedDistance
 from moelora.errors import (
     AuxLossError,
     CheckpointError,
@@ -21,7 +24,9 @@ from moelora.errors import (
 )
 from moelora.expert_record import ExpertRecord
 from moelora.experts import ExpertManager
+from moelora.export import ExportedExpert, export_expert
 from moelora.losses import load_balancing_loss, router_z_loss, switch_loss
+from moelora.merge import MergedExperts, merge_experts
 from moelora.mixture import mark_mature
 from moelora.novelty import (
     Novelty,
@@ -42,17 +47,25 @@ __version__ = "0.1.0"
 __all__ = [
     "AuxLossError",
     "CheckpointError",
+    "ComposedExpert",
+    "Composition",
     "ConfigError",
+    "DescribedExpert",
+    "DescribedRouter",
+    "Description",
     "ExpertManager",
     "ExpertRecord",
+    "ExportedExpert",
     "IncompatiblePeftError",
     "MergeError",
+    "MergedExperts",
     "MoELoraConfig",
     "MoELoraError",
     "MoEOptimizer",
     "MoETrainerCallback",
     "Novelty",
     "NoveltyDetector",
+    "RoutedDistance",
     "Router",
     "Routing",
     "RoutingRecord",
@@ -60,10 +73,15 @@ __all__ = [
     "SkillError",
     "SkillLibrary",
     "UnsupportedLayerError",
+    "compose",
+    "describe",
+    "export_expert",
+    "freeze_experts",
     "install",
     "is_installed",
     "load_balancing_loss",
     "mark_mature",
+    "merge_experts",
     "param_groups",
     "pool_hidden_states",
     "record_routing",

@@ -289,7 +289,7 @@ def _written_whole(target: Path) -> Iterator[Path]:
 def _write_router(folder: Path, name: str, config: MoELoraConfig) -> None:
     """Copy the router out of the adapter file just written, so that both agree to the bit."""
     tensors = read_tensors(folder / _peft.SAFETENSORS_WEIGHTS_NAME, only=ROUTER_KEY)
-    experts = [f"{name}.{index}" for index in range(config.num_experts)]
+    experts = config.expert_names or [f"{name}.{index}" for index in range(config.num_experts)]
     write_router_file(folder, tensors, kind=MIXTURE, experts=experts)
 
 

@@ -93,6 +93,8 @@ class MoELoraConfig(LoraConfig):
             with whose router logits its own are concatenated. It may then hold a single expert
             (which is not routed while it is active alone), ``top_k_experts`` counts over all of
             them, and one that comes later starts immature.
+        expert_names: what the experts are called in files and reports, as plain folder names; None
+            for numbers.
         moelora_format: version of the saved format.
 
     Raises:
@@ -117,6 +119,7 @@ class MoELoraConfig(LoraConfig):
     router_scope: RouterScope = field(default="module")
     fixed_routing_weights: list[float] | None = field(default=None)
     joins_mixture: bool = field(default=False)
+    expert_names: list[str] | None = field(default=None)
     moelora_format: int = field(default=FORMAT_VERSION)
 
     def __post_init__(self) -> None:
@@ -126,6 +129,7 @@ class MoELoraConfig(LoraConfig):
         _check_counts(self)
         _check_numbers(self)
         _check_fixed_weights(self)
+        _check_expert_names(self)
         if self.num_experts > 1 or self.use_moe_routing:
             _check_stackable(self)
         if not self.use_moe_routing:
@@ -237,6 +241,27 @@ def _check_fixed_weights(config: MoELoraConfig) -> None:
             f"None or a list of num_experts={config.num_experts} finite numbers",
         )
     config.fixed_routing_weights = [float(weight) for weight in weights]
+
+
+def _check_expert_names(config: MoELoraConfig) -> None:
+    names: Any = config.expert_names
+    if names is None:
+        return
+    if (
+        not isinstance(names, list | tuple)
+        or len(names) != config.num_experts
+        or not all(isinstance(name, str) for name in names)
+        or len(set(names)) < len(names)
+    ):
+        _fail(
+            "expert_names",
+            names,
+            f"None or a list of num_experts={config.num_experts} different names",
+        )
+    for name in names:
+        if not name or name in (".", "..") or any(c in name for c in "/\\\0:"):
+            _fail("expert_names", name, "plain folder names, without separators or '..'")
+    config.expert_names = list(names)
 
 
 def _check_stackable(config: MoELoraConfig) -> None:
