@@ -33,5 +33,13 @@ class AuxLossError(MoELoraError, RuntimeError):
     """The auxiliary loss could not reach the router exactly once with its weight."""
 
 
+class BackendError(MoELoraError, ValueError):
+    """A backend is unknown, or was asked for by name and cannot run."""
+
+
+class ReportError(MoELoraError, ValueError):
+    """Text, a log or options that no routing report can be made of."""
+
+
 class SkillError(MoELoraError, ValueError):
     """An embedding or a skill that cannot be stored or compared."""

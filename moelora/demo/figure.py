@@ -9,7 +9,7 @@ from matplotlib.image import AxesImage
 
 from moelora.demo.palette import CONTENDER_COLOURS, CONTENDER_MARKERS, HEAT_MAP, INK, MUTED
 from moelora.demo.results import DemoResults
-from moelora.demo.text import short_name
+from moelora.report.names import short_name
 
 SIZE_INCHES = (14, 9)
 DOTS_PER_INCH = 130

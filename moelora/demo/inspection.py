@@ -17,13 +17,13 @@ from moelora.demo.train import completion_loss
 from moelora.demo.usage import (
     clearest_routers,
     example_shares,
-    layer_of,
     layer_shares,
     separation,
     shuffled_separation,
     skill_shares,
     stack_routing_weights,
 )
+from moelora.report.names import layer_of, spell_tokens
 
 DIGITS = 4
 
@@ -96,24 +96,6 @@ def summarise_usage(
             for name, (example, batch) in texts.items()
         ],
     )
-
-
-def spell_tokens(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the text that each token adds; of a character split over tokens, the last one has it.
-
-    Args:
-        ids: of one text.
-        tokenizer: whose ids they are.
-    """
-    pieces: list[str] = []
-    so_far = ""
-    for end in range(1, len(ids) + 1):
-        text = str(tokenizer.decode(list(ids[:end]), clean_up_tokenization_spaces=False))
-        # a replacement mark at the end is a character not yet complete
-        whole = so_far if text.endswith("\N{REPLACEMENT CHARACTER}") else text
-        pieces.append(whole[len(so_far) :])
-        so_far = whole
-    return pieces
 
 
 @torch.no_grad()

@@ -1,10 +1,11 @@
 """The report page of a demo run: one HTML file that needs nothing else."""
 
-from importlib import resources
 from pathlib import Path
 
-from moelora.demo import markup
+from moelora.demo.markup import clearest_maps, clearest_order, loss_rows, written_texts
 from moelora.demo.results import DemoResults, verdict
+from moelora.report import markup
+from moelora.report.names import short_name
 
 
 def write_page(results: DemoResults, path: Path) -> None:
@@ -24,35 +25,23 @@ def render_page(results: DemoResults) -> str:
         results: of the run.
     """
     parts = (_head, _losses, _load, _clearest, _tokens, _texts, _setup)
-    sections = "".join(part(results) for part in parts)
-    return (
-        "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
-        "<meta name=viewport content='width=device-width, initial-scale=1'>"
-        f"<title>moelora demo</title><style>\n{_asset('page.css')}</style></head>\n"
-        f"<body><main>\n{sections}</main>\n"
-        f"<script>\n{_asset('page.js')}</script></body></html>\n"
-    )
+    return markup.document("moelora demo", "".join(part(results) for part in parts))
 
 
 def _head(results: DemoResults) -> str:
     settings = results.settings
-    cards = (
+    figures = [
         (f"{results.contender('mixture').mean_loss:.3f}", "mean validation loss of the mixture"),
         (f"{results.contender('lora').mean_loss:.3f}", results.contender("lora").label),
         (f"{results.contender('base').mean_loss:.3f}", "frozen base"),
         (f"{results.reload_difference:g}", "largest difference of the logits after reloading"),
         (f"{sum(results.seconds.values()) / 60:.1f} min", "for the whole run"),
-    )
+    ]
     return (
         f"<h1>{settings['experts']} experts, {settings['top_k']} per token, "
         f"{len(results.skills)} skills</h1>"
         f"<p class=lead>{markup.escape(verdict(results))}</p>"
-        f"<p class=note>{markup.escape(settings['model'])}</p><div class=cards>"
-        + "".join(
-            f"<div class=card><b>{value}</b><span>{markup.escape(name)}</span></div>"
-            for value, name in cards
-        )
-        + "</div>"
+        f"<p class=note>{markup.escape(settings['model'])}</p>{markup.cards(figures)}"
     )
 
 
@@ -63,7 +52,7 @@ def _losses(results: DemoResults) -> str:
         f"Every adapter was trained for {results.settings['steps']} steps on the same batches in "
         "the same order, with the same optimiser, learning rate, target modules and "
         "<code>lora_alpha / r</code>; none of these was tuned for one of them. Differences below "
-        f"0.02 are noise.</p><div class=scroll>{markup.loss_rows(results)}</div>"
+        f"0.02 are noise.</p><div class=scroll>{loss_rows(results)}</div>"
     )
 
 
@@ -76,8 +65,7 @@ def _load(results: DemoResults) -> str:
         "<p>Share of each expert in the routing weight of the validation tokens. Each adapted "
         "layer has a router of its own, and expert 0 of one has nothing to do with expert 0 of "
         "another: these means show balance, the next section shows specialisation.</p>"
-        f"<div class=maps><div>{markup.heat_map(usage.skills, skills, caption='Skills x experts')}"
-        f"{markup.heat_scale()}</div>"
+        f"<div class=maps>{markup.heat_map(usage.skills, skills, caption='Skills x experts')}"
         f"{markup.heat_map(usage.layers, layers, caption='Layers x experts', kind='heat tall')}"
         "</div>"
     )
@@ -92,27 +80,31 @@ def _clearest(results: DemoResults) -> str:
         "all skills use the experts alike. Over all routers it is "
         f"<b>{usage.mean_separation:.3f}</b>; the same texts sorted into skills at random give "
         f"<b>{usage.shuffled_separation:.3f}</b>.</p>"
-        f"<div class=small>{markup.clearest_maps(results)}</div>{markup.heat_scale()}"
+        f"<div class=small>{clearest_maps(results)}</div>"
     )
 
 
 def _tokens(results: DemoResults) -> str:
     usage = results.usage
-    experts = len(usage.skills[0])
-    chosen = markup.clearest_order(usage)[0]
-    texts = "".join(markup.token_text(view, router=chosen) for view in usage.tokens)
+    experts = [f"expert {expert}" for expert in range(len(usage.skills[0]))]
+    chosen = clearest_order(usage)[0]
+    options = [
+        f"{short_name(name)} (separation {usage.separations[router]:.2f})"
+        for router, name in enumerate(usage.shown)
+    ]
+    texts = "".join(
+        markup.token_text(view.skill, {"tokens": view.tokens}, view.weights[chosen], number=number)
+        for number, view in enumerate(usage.tokens)
+    )
+    data = {"views": [view.weights for view in usage.tokens], "experts": experts}
     return (
         "<h2>Who serves which token</h2>"
         "<p>The first validation text of each skill, prompt and completion. A token has the tint "
-        "of its strongest expert; the strip below it is split by routing weight. Of each layer "
-        "the router with the largest separation can be picked.</p>"
-        f"<div class=legend>{markup.expert_legend(experts)}</div>"
-        "<div class=picker hidden><label for=router>router</label>"
-        f"<select id=router>{markup.router_options(usage, chosen=chosen)}</select>"
-        f"<input id=layer type=range min=0 max={len(usage.shown) - 1} value={chosen} "
-        f"aria-label='layer of the router'></div>{texts}"
-        "<script id=routing type=application/json>"
-        f"{markup.routing_data(usage, experts=experts)}</script>"
+        "of its strongest expert; the strip below it is split by routing weight. Point at a token, "
+        "or go to a text and use the arrow keys, to read its weights; press an expert to see only "
+        "its tokens. Of each layer the router with the largest separation can be picked.</p>"
+        f"{markup.router_picker(options, chosen=chosen)}{markup.expert_legend(experts)}{texts}"
+        f"{markup.page_data(data)}"
     )
 
 
@@ -120,7 +112,7 @@ def _texts(results: DemoResults) -> str:
     return (
         "<h2>What they write</h2>"
         "<p>Greedy continuations, with the key-value cache, written by the mixture after it was "
-        f"saved and loaded in a new process.</p><div class=texts>{markup.written_texts(results)}"
+        f"saved and loaded in a new process.</p><div class=texts>{written_texts(results)}"
         "</div>"
     )
 
@@ -141,7 +133,3 @@ def _setup(results: DemoResults) -> str:
         f"<h2>Versions</h2>{markup.facts(list(results.versions.items()))}"
         f"<h2>Time</h2>{markup.facts(seconds)}"
     )
-
-
-def _asset(name: str) -> str:
-    return (resources.files("moelora.demo") / "assets" / name).read_text(encoding="utf-8")

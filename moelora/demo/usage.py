@@ -5,7 +5,6 @@ Every router numbers its experts by itself, so expert 2 of one module has nothin
 module shows specialisation.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,20 +14,6 @@ from torch import Tensor
 from moelora.routing import Routing
 
 SHUFFLES = 20
-
-
-def layer_of(module_name: str) -> int:
-    """Return the block that a module belongs to: the first number in its dotted name.
-
-    Args:
-        module_name: as in ``model.named_modules()``; a name without a number gives 0.
-
-    Example:
-        >>> layer_of("model.layers.3.self_attn.q_proj")
-        3
-    """
-    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", module_name)
-    return int(number.group(1)) if number else 0
 
 
 def stack_routing_weights(

@@ -9,7 +9,6 @@ import torch
 from moelora._peft import PeftModel
 from moelora.demo.batches import encode
 from moelora.demo.errors import DemoError
-from moelora.demo.inspection import spell_tokens
 from moelora.demo.model import load_base
 from moelora.demo.options import DemoOptions
 from moelora.demo.reload import reload_in_new_process
@@ -17,6 +16,7 @@ from moelora.demo.results import DemoResults, read_results
 from moelora.demo.skills import Example, read_skills
 from moelora.demo.task import build_task
 from moelora.demo.train import completion_loss
+from moelora.report.names import spell_tokens
 from tests.demo.tiny import tiny_tokenizer
 
 CPU = torch.device("cpu")

@@ -5,13 +5,8 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-import pytest
-
 from moelora.demo.figure import draw_figure
-from moelora.demo.markup import escape
 from moelora.demo.page import render_page, write_page
-from moelora.demo.palette import EXPERT_COLOURS, expert_colour, heat_colour
-from moelora.demo.text import short_name
 from tests.demo.tiny import made_up_results
 
 NASTY = """</script></td><img src=x onerror="alert('1')">&amp;"""
@@ -57,7 +52,7 @@ def test_the_script_reads_the_weights_of_every_token() -> None:
     results = made_up_results()
     data = json.loads(_Outline(render_page(results)).scripts[0])
     assert data["views"] == [view.weights for view in results.usage.tokens]
-    assert data["colours"] == list(EXPERT_COLOURS[:3])
+    assert data["experts"] == ["expert 0", "expert 1", "expert 2"]
 
 
 def test_the_lowest_loss_of_a_row_is_marked() -> None:
@@ -70,25 +65,3 @@ def test_the_page_and_the_picture_are_files(tmp_path: Path) -> None:
     draw_figure(results, tmp_path / "report.png")
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == render_page(results)
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG\r\n")
-
-
-def test_colours_start_again_after_the_last_and_shares_go_from_light_to_dark() -> None:
-    assert expert_colour(len(EXPERT_COLOURS)) == expert_colour(0)
-    assert heat_colour(0.0) == "rgb(247,251,255)"
-    assert heat_colour(1.0) == "rgb(8,48,107)"
-
-
-@pytest.mark.parametrize(
-    ("name", "short"),
-    [
-        ("model.layers.3.self_attn.q_proj", "layer 3 self_attn.q_proj"),
-        ("blocks.7", "layer 7"),
-        ("classifier", "classifier"),
-    ],
-)
-def test_a_module_is_called_by_its_layer(name: str, short: str) -> None:
-    assert short_name(name) == short
-
-
-def test_escaping_covers_quotes() -> None:
-    assert escape("""<a b='c' d="e">""") == "&lt;a b=&#x27;c&#x27; d=&quot;e&quot;&gt;"

@@ -9,7 +9,6 @@ from torch import Tensor
 from moelora.demo.usage import (
     clearest_routers,
     example_shares,
-    layer_of,
     layer_shares,
     separation,
     shuffled_separation,
@@ -25,20 +24,6 @@ def shares(draw: st.DrawFn) -> Tensor:
     sizes = [draw(st.integers(2, 6)), draw(st.integers(1, 3)), draw(st.integers(1, 5))]
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31 - 1)))
     return torch.randn(*sizes, generator=generator).mul(3).softmax(dim=-1)
-
-
-@pytest.mark.parametrize(
-    ("name", "layer"),
-    [
-        ("model.layers.12.mlp.up_proj", 12),
-        ("transformer.h.0.attn.c_attn", 0),
-        ("7.linear", 7),
-        ("block.3", 3),
-        ("encoder.conv1", 0),
-    ],
-)
-def test_the_layer_is_the_first_whole_number_of_the_name(name: str, layer: int) -> None:
-    assert layer_of(name) == layer
 
 
 def test_routing_is_stacked_by_router_and_padding_weighs_nothing() -> None:
