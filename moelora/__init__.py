@@ -40,6 +40,7 @@ from moelora.optimizer import update_optimizer
 from moelora.record import RoutingRecord, record_routing
 from moelora.router import Router
 from moelora.routing import Routing, top_k_routing
+from moelora.schedule import TwoPhaseSchedule
 from moelora.skill_library import SkillLibrary
 
 __version__ = "0.1.0"
@@ -72,6 +73,7 @@ __all__ = [
     "RoutingWeightsError",
     "SkillError",
     "SkillLibrary",
+    "TwoPhaseSchedule",
     "UnsupportedLayerError",
     "compose",
     "describe",

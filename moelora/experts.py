@@ -1,40 +1,37 @@
 """``ExpertManager``: experts that come one by one, each an adapter of its own."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import fields
-from typing import Any, TypeAlias
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from moelora import _peft
-from moelora.attached import attach_router, get_router, tuner_of
+from moelora.attached import attach_router, get_router
 from moelora.binding import base_of, bind
-from moelora.config import ROUTING_FIELDS, MoELoraConfig, is_int
+from moelora.config import MoELoraConfig, is_int
 from moelora.errors import ConfigError, UnsupportedLayerError
+from moelora.expert_config import check_model, expert_config, experts_in, routing_fields
+from moelora.expert_io import (
+    converted,
+    export_adapter,
+    load_experts,
+    read_source,
+    save_experts,
+    set_tensors,
+)
 from moelora.expert_names import check_new_name, rename_adapter
-from moelora.expert_record import ExpertRecord, changed, records_of
+from moelora.expert_record import ExpertRecord, changed
+from moelora.expert_set import ExpertId, ExpertSet
 from moelora.frozen import freeze_adapters, frozen_adapters, unfreeze_adapters
 from moelora.mixture import mark_mature
 from moelora.places import hidden_size_of
 from moelora.rollback import unchanged_on_error
 from moelora.router import Router
 
-#: An expert's position in the routing order, or its name.
-ExpertId: TypeAlias = int | str
 
-_SHARED_FIELDS = (
-    "modules_to_save",
-    "trainable_token_indices",
-    "layer_replication",
-    "kasa_config",
-    "arrow_config",
-    "ensure_weight_tying",
-)
-_SAFE_INITS = ("gaussian", "eva", "orthogonal")
-
-
-class ExpertManager:
+class ExpertManager(ExpertSet):
     """Experts over one frozen model, each a PEFT LoRA adapter that can come, grow up and go.
 
     An expert's id is its position in the routing order: the order in which experts were made, which
@@ -86,9 +83,9 @@ class ExpertManager:
         routing: MoELoraConfig | None = None,
         **lora_fields: Any,
     ) -> None:
-        _check_model(model)
-        self.model: Any = model
-        self.routing = _routing_fields(routing)
+        check_model(model)
+        super().__init__(model)
+        self.routing = routing_fields(routing)
         self.defaults: dict[str, Any] = {
             "r": r,
             "lora_alpha": lora_alpha,
@@ -98,62 +95,6 @@ class ExpertManager:
         }
         # a wrong default is told now, not when the first expert is made
         self._config({})
-
-    # Which experts there are -----------------------------------------------------------------
-
-    def __len__(self) -> int:
-        """The number of adapters; ids are below it."""
-        return len(self.get_all_adapter_names())
-
-    def __repr__(self) -> str:
-        """Name the experts."""
-        return f"ExpertManager({self.get_all_adapter_names()})"
-
-    @property
-    def num_experts(self) -> int:
-        """The number of columns of ``routing_weights`` when all are active."""
-        return sum(_experts_in(config) for config in self._configs().values())
-
-    def get_all_adapter_names(self) -> list[str]:
-        """The names of all experts, in routing order."""
-        return list(self._configs())
-
-    def id_of(self, expert: ExpertId) -> int:
-        """The position of an expert given by position or name.
-
-        Raises:
-            ConfigError: if there is no such expert.
-        """
-        names = self.get_all_adapter_names()
-        if isinstance(expert, str) and expert in names:
-            return names.index(expert)
-        if is_int(expert) and 0 <= expert < len(names):  # type: ignore[operator]
-            return expert  # type: ignore[return-value]
-        raise ConfigError(
-            f"An expert is one of {names} or an id in [0, {len(names)}), got {expert!r}."
-        )
-
-    def name_of(self, expert: ExpertId) -> str:
-        """The name of an expert given by position or name.
-
-        Raises:
-            ConfigError: if there is no such expert.
-        """
-        return self.get_all_adapter_names()[self.id_of(expert)]
-
-    def columns_of(self, expert: ExpertId) -> range:
-        """The columns of ``routing_weights``, with all active, that belong to an expert.
-
-        Raises:
-            ConfigError: if there is no such expert.
-        """
-        name = self.name_of(expert)
-        start = 0
-        for other, config in self._configs().items():
-            if other == name:
-                break
-            start += _experts_in(config)
-        return range(start, start + _experts_in(self._configs()[name]))
 
     # Making and removing ---------------------------------------------------------------------
 
@@ -202,16 +143,25 @@ class ExpertManager:
         check_new_name(base_of(self.model), self.get_all_adapter_names(), name)
         return self._add(name, config, record)
 
-    def _add(self, name: str, config: Any, record: ExpertRecord) -> int:
+    def _add(
+        self,
+        name: str,
+        config: Any,
+        record: ExpertRecord,
+        tensors: dict[str, Tensor] | None = None,
+    ) -> int:
         """Add an adapter, keeping what is active and what is trained."""
         if not self._has_adapters:
             with unchanged_on_error(self.model):
-                self.model = _peft.get_peft_model(self.model, config, adapter_name=name)
+                model = _peft.get_peft_model(self.model, config, adapter_name=name)
+                set_tensors(model, name, tensors)
+            self.model = model
         else:
             active = self.active_experts
             with self._flags_kept(), unchanged_on_error(self.model):
                 self.model.add_adapter(name, config)
-            self._grow_router(_experts_in(config))
+                set_tensors(self.model, name, tensors)
+            self._grow_router(experts_in(config))
             if active == self.get_all_adapter_names()[:-1]:
                 self.activate_all_experts()
         self._records()[name] = record
@@ -271,17 +221,6 @@ class ExpertManager:
         self._records()[name] = record
 
     # Which are active ------------------------------------------------------------------------
-
-    @property
-    def active_experts(self) -> list[str]:
-        """The names of the active experts, in the order of their routing weights."""
-        return list(self._tuner.active_adapters) if self._has_adapters else []
-
-    @property
-    def current_expert_id(self) -> int | None:
-        """The id of the one active expert; None if several are active."""
-        active = self.active_experts
-        return self.id_of(active[0]) if len(active) == 1 else None
 
     def activate_all_experts(self) -> list[str]:
         """Let all experts take part; those that are not frozen can be trained.
@@ -523,130 +462,98 @@ class ExpertManager:
             if 0 < missing <= number:
                 router.expand(missing)
 
-    # Inside ----------------------------------------------------------------------------------
+    # To and from disk ------------------------------------------------------------------------
 
-    @property
-    def _has_adapters(self) -> bool:
-        return isinstance(self.model, _peft.PeftModel)
+    def save(self, folder: "str | os.PathLike[str]") -> None:
+        """Save all experts: PEFT's own folders, ``router.safetensors`` and ``experts.json``.
 
-    @property
-    def _tuner(self) -> Any:
-        return tuner_of(self.model)
+        Each expert's folder is an adapter that ``PeftModel.from_pretrained`` loads.
 
-    def _configs(self) -> dict[str, Any]:
-        configs: dict[str, Any] = self._tuner.peft_config if self._has_adapters else {}
-        return configs
+        Raises:
+            ConfigError: if there are no experts.
+            CheckpointError: if something else is in the way.
+        """
+        save_experts(self, Path(folder))
 
-    def _records(self) -> dict[str, ExpertRecord]:
-        return records_of(self._tuner)
+    @classmethod
+    def load(
+        cls,
+        model: nn.Module,
+        folder: "str | os.PathLike[str]",
+        *,
+        is_trainable: bool = False,
+        **defaults: Any,
+    ) -> "ExpertManager":
+        """Load what :meth:`save` wrote over a base model; all experts are active then.
 
-    def _layers(self) -> Iterator[Any]:
-        return (m for m in self._tuner.model.modules() if isinstance(m, _peft.LoraLayer))
+        Folders without ``experts.json`` (``PeftModel.save_pretrained``, Trainer checkpoints) load
+        too, in the order that an attached router's file says, else the root's adapter first and
+        then the folders by name, numbers counting as numbers.
 
-    def _names(self, experts: Any) -> list[str]:
-        if experts is None:
-            return self.get_all_adapter_names()
-        if isinstance(experts, str) or is_int(experts):
-            return [self.name_of(experts)]
-        return [self.name_of(expert) for expert in experts]
+        Args:
+            model: a base model without adapters. A failed load leaves it as it was.
+            folder: a folder or a hub id.
+            is_trainable: whether the experts shall be trained further; frozen ones stay frozen.
+            **defaults: as for the manager; else new experts are made like the first one.
 
-    def _covers_all(self, router: Router, *, tracking: bool = False) -> bool:
-        """Whether a router's columns are the experts' (and it keeps their maturity)."""
-        has_all = router.num_experts == self.num_experts
-        return has_all and (router.mature is not None or not tracking)
+        Raises:
+            CheckpointError: if files are missing, damaged or contradict each other.
+        """
+        manager: ExpertManager = load_experts(
+            cls, model, folder, is_trainable=is_trainable, defaults=defaults
+        )
+        return manager
 
-    def _tracks_maturity(self, name: str) -> bool:
-        config = self._configs()[name]
-        return getattr(config, "has_router", False) and config.router_type.endswith("maturity")
+    def export_expert(self, expert: ExpertId, folder: "str | os.PathLike[str]") -> Path:
+        """Write one expert as a plain LoRA adapter, which PEFT loads without moelora.
+
+        Of a mixture, :func:`moelora.export_expert` writes any single expert.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ConfigError: if there is no such expert.
+            CheckpointError: if the folder is not empty or cannot be written.
+            UnsupportedLayerError: for a mixture, which is no plain LoRA.
+        """
+        return export_adapter(self, self.name_of(expert), folder)
+
+    def import_expert(
+        self,
+        source: "str | os.PathLike[str] | nn.Module | ExpertManager",
+        name: str | None = None,
+        *,
+        adapter: ExpertId | None = None,
+        skill: str | None = None,
+    ) -> int:
+        """Take an expert from elsewhere, at the end of the routing order.
+
+        A plain LoRA becomes an expert of this manager's kind: with ``routing`` it gets fresh router
+        rows. A routed expert loses its rows where experts are plain.
+
+        Args:
+            source: an adapter's folder or hub id, a PEFT model, or another manager. Only
+                safetensors are read.
+            name: its name here; the adapter's or folder's if None.
+            adapter: which adapter of the source; in a folder or on the hub, a subfolder. Not needed
+                where there is one.
+            skill: what it is for; the source's record says so too if None.
+
+        Returns:
+            The new expert's id.
+
+        Raises:
+            CheckpointError: if files are missing, damaged or do not fit this model.
+            ConfigError: if the source has no such adapter, or its config or name cannot be used.
+                Nothing is changed in any of these cases.
+        """
+        found = read_source(source, adapter)
+        config, tensors = converted(found, self.routing)
+        record = found.record if skill is None else changed(found.record, skill=skill)
+        name = found.name if name is None else name
+        check_new_name(base_of(self.model), self.get_all_adapter_names(), name)
+        return self._add(name, config, record, tensors)
 
     def _config(self, changes: dict[str, Any]) -> Any:
-        """The config of an expert: the manager's defaults, changed."""
-        values = {**self.defaults, **changes}
-        if self.routing is None:
-            cls: type[Any] = _peft.LoraConfig
-        else:
-            cls, values = MoELoraConfig, {**values, **self.routing}
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(values.keys() - known)
-        if unknown:
-            raise ConfigError(f"{cls.__name__} has no field {', '.join(map(repr, unknown))}.")
-        try:
-            config = cls(**values)
-        except ConfigError:
-            raise
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"The expert's config is wrong: {error}") from error
-        check_config(config)
-        return config
-
-    @contextmanager
-    def _flags_kept(self) -> Iterator[None]:
-        """Keep what is trainable: PEFT makes all active adapters so when it adds or removes one."""
-        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        yield
-        for parameter, requires_grad in flags:
-            parameter.requires_grad_(requires_grad)
-
-
-def _experts_in(config: Any) -> int:
-    return getattr(config, "num_experts", 1)
-
-
-def _check_model(model: Any) -> None:
-    """Refuse models whose adapters cannot be managed."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    if isinstance(model, _peft.PeftMixedModel | _peft.BaseTuner):
-        raise UnsupportedLayerError(
-            f"An ExpertManager needs a base model or a PeftModel, got {type(model).__name__}."
-        )
-    if isinstance(model, _peft.PeftModel):
-        tuner_of(model)
-        for name, config in model.peft_config.items():
-            check_config(config, where=f"Adapter {name!r} ")
-    elif any(isinstance(module, _peft.BaseTunerLayer) for module in model.modules()):
-        raise UnsupportedLayerError(
-            "The model has adapters injected into it. An ExpertManager needs a base model without "
-            "adapters, or a PeftModel."
-        )
-
-
-def check_config(config: Any, *, where: str = "An expert ") -> None:
-    """Refuse options that several active adapters cannot each have.
-
-    Raises:
-        ConfigError: naming the option and its value.
-    """
-    for name in _SHARED_FIELDS:
-        value = getattr(config, name, None)
-        if value:
-            raise ConfigError(
-                f"{where}cannot have {name}={value!r}: it changes the base model, which all "
-                "experts share, or allows one active adapter only."
-            )
-    if config.bias != "none":
-        raise ConfigError(
-            f"{where}must have bias='none', got {config.bias!r}: all experts share the base "
-            "model's biases."
-        )
-    init = config.init_lora_weights
-    if not isinstance(init, bool) and init not in _SAFE_INITS:
-        raise ConfigError(
-            f"{where}must have init_lora_weights True, False or one of {', '.join(_SAFE_INITS)}, "
-            f"got {init!r}: it would change the base weights under the other experts."
-        )
-
-
-def _routing_fields(routing: MoELoraConfig | None) -> dict[str, Any] | None:
-    """The fields that make each expert a routed adapter of its own."""
-    if routing is None:
-        return None
-    if not isinstance(routing, MoELoraConfig):
-        raise TypeError(f"routing must be a MoELoraConfig or None, got {type(routing).__name__}.")
-    if not routing.has_router:
-        raise ConfigError(
-            "routing needs a learned router, got use_moe_routing="
-            f"{routing.use_moe_routing}, router_type={routing.router_type!r}."
-        )
-    values = {name: getattr(routing, name) for name in ROUTING_FIELDS}
-    return {**values, "num_experts": 1, "joins_mixture": True}
+        return expert_config({**self.defaults, **changes}, self.routing)

@@ -58,6 +58,8 @@ def update_optimizer(optimizer: Optimizer, model: nn.Module, **options: Any) -> 
             then.
 
     Example:
+        >>> import torch
+        >>> from moelora import Router
         >>> router = Router(4, 2, track_maturity=True)
         >>> optimizer = torch.optim.AdamW(router.parameters())
         >>> router.expand()

@@ -56,6 +56,7 @@ PUBLIC_NAMES = [
     "RoutingWeightsError",
     "SkillError",
     "SkillLibrary",
+    "TwoPhaseSchedule",
     "UnsupportedLayerError",
     "compose",
     "describe",
