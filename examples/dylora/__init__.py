@@ -1,0 +1,5 @@
+"""DyLoRA-MoE as a user of moelora: experts that come one by one, in one forward pass."""
+
+from examples.dylora.model import DyLoRAMoE
+
+__all__ = ["DyLoRAMoE"]
