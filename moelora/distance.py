@@ -102,12 +102,19 @@ def _check_base(base_model: nn.Module) -> None:
             "The distance is measured on causal language models; "
             f"{type(base_model).__name__} has an encoder and a decoder."
         )
+    can_generate: Any = getattr(base_model, "can_generate", lambda: True)
+    if not can_generate():
+        raise MergeError(
+            "The distance is measured on causal language models; "
+            f"{type(base_model).__name__} predicts no next token."
+        )
 
 
 @contextmanager
 def _loaded(saved: SavedModel, merged: Path, base_model: nn.Module) -> Iterator[Any]:
     """The base model with all adapters and the merged one; without them afterwards."""
     training = base_model.training
+    trainable = [parameter for parameter in base_model.parameters() if parameter.requires_grad]
     (first, folder), *others = saved.adapters.items()
     model = _peft.PeftModel.from_pretrained(base_model, folder, adapter_name=first)
     try:
@@ -120,6 +127,8 @@ def _loaded(saved: SavedModel, merged: Path, base_model: nn.Module) -> Iterator[
     finally:
         model.unload()
         base_model.train(training)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 def _check_routed(saved: SavedModel, model: Any) -> None:

@@ -49,7 +49,7 @@ def merge_experts(
     source: "str | os.PathLike[str]",
     out: "str | os.PathLike[str]",
     *,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[int | float] | None = None,
     rank: int | None = None,
     base_model: nn.Module | None = None,
     inputs: Sequence[Tensor] = (),
