@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from benchmarks.baselines import Variant
 
-MODES = ("eager", "graph", "compile", "reduce-overhead")
+COMPILED = ("compile", "reduce-overhead")
+MODES = ("eager", "graph", *COMPILED)
 
 
 class UnknownNameError(ValueError):
@@ -162,7 +163,7 @@ def _sweep() -> Iterator[Case]:
     yield from group(_train(_BLOCKS, 4, 1024), BASE, LORA, HALF_LORA, MIXTURE, *others)
     for dtype in ("fp16", "fp32"):
         yield from group(_train(_BLOCKS, 4, 1024, "graph", dtype=dtype), BASE, LORA, MIXTURE)
-    for mode in ("compile", "reduce-overhead"):
+    for mode in COMPILED:
         yield from group(_train(_BLOCKS, 4, 1024, mode), BASE, LORA, MIXTURE, mixture(64))
         yield from group(Conditions("decode", _BLOCKS, 1, 512, mode=mode), BASE, LORA, MIXTURE)
     dora = [Variant("dora"), Variant("doraexplicit", 1, 1), Variant("doraexplicit", 8, 2)]
@@ -269,9 +270,10 @@ def _tiny() -> Iterator[Case]:
 
 
 def _smoke() -> Iterator[Case]:
-    for mode in ("graph", "compile", "reduce-overhead"):
+    for mode in ("graph", *COMPILED):
         for kind in ("train", "prefill", "decode"):
-            yield from group(Conditions(kind, "tiny", 2, 16, mode=mode), BASE, LORA, MIXTURE)
+            conditions = Conditions(kind, "tiny", 2, 16, dtype="fp32", mode=mode)
+            yield from group(conditions, BASE, LORA, MIXTURE)
     for mode in ("eager", "graph"):
         yield from group(Conditions("train", "tiny", 2, 16, mode=mode), *_SMOKED)
     yield from group(Conditions("train", "tiny", 2, 16, optimizer=True), LORA, MIXTURE)

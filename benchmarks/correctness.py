@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines import Built, Variant
-from benchmarks.cases import Conditions
+from benchmarks.cases import COMPILED, Conditions
 from benchmarks.slow import slow_layers, slow_loss
 from benchmarks.steps import checkpoint, make_step, training_inputs
 from benchmarks.timing import Step
@@ -23,8 +23,11 @@ from moelora import Routing, record_routing
 #: Allowed relative errors by dtype of the base model: of logits, and of gradients. Rounding of the
 #: base model's own activations through all blocks is most of it; PEFT's one LoRA has the same.
 TOLERANCES = {"fp32": (1e-4, 1e-3), "fp16": (1e-2, 4e-2), "bf16": (4e-2, 1e-1)}
-#: Its experts are chosen anew in the slow run, from activations that were rounded otherwise.
+#: Where experts are chosen anew in the slow run, from activations that were rounded otherwise, a few
+#: tokens go elsewhere. So with these variants, and with every router in a compiled model, whose
+#: base rounds at other places than the one that was recorded. In float32 none does.
 _CHOOSES_ANEW = {"arrow", "npasses", "xlora"}
+_ANEW_FACTOR = 6
 #: The slow way does not see what a router of a whole block or model reads, so no gradient passes
 #: through its weights there: not to the router, and with one per block not to the layers before.
 _NOT_COMPARED = {"layer": ("lora_A", "lora_B", "lora_router"), "model": ("lora_router",)}
@@ -178,7 +181,9 @@ def judge(errors: dict[str, float], variant: Variant, conditions: Conditions) ->
         WrongResultError: naming those that are not.
     """
     of_values, of_gradients = TOLERANCES[conditions.dtype]
-    factor = 4 if variant.kind in _CHOOSES_ANEW and conditions.dtype != "fp32" else 1
+    routed = variant.kind == "moelora" and variant.detail not in {"given", "fixed"}
+    anew = variant.kind in _CHOOSES_ANEW or (routed and conditions.mode in COMPILED)
+    factor = _ANEW_FACTOR if anew and conditions.dtype != "fp32" else 1
     allowed = {
         name: factor * (of_gradients if name.startswith("gradient") else of_values)
         for name in errors

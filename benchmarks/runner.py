@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.baselines import Built
-from benchmarks.cases import Case, Conditions, groups_of
+from benchmarks.cases import COMPILED, Case, Conditions, groups_of
 from benchmarks.correctness import WrongResultError, check, expected_of
 from benchmarks.hosttime import measure_host
 from benchmarks.memory import growth, peak_above_weights
@@ -78,7 +78,7 @@ class Runner:
         began = self.elapsed
         result = guarded(case, lambda: self._measure(case))
         result["took_s"] = round(self.elapsed - began, 2)
-        if case.conditions.mode in {"compile", "reduce-overhead"}:
+        if case.conditions.mode in COMPILED:
             torch.compiler.reset()
         self.tidy()
         return result
