@@ -124,13 +124,15 @@ def before_forward(
     for recorder in scope.recorders:
         recorder.begin_forward()
     tape = _tape(base, scope, kwargs)
+    # capacity counts real tokens in training without a gradient too (a reference pass)
+    masked = tape is not None or base.training
     frame = Frame(
         weights=weights,
         batch_shape=batch_shape,
         generating=generating,
         row_repeats=outer.row_repeats if outer is not None and generating else 1,
-        token_mask=None if tape is None else _mask(kwargs.get("attention_mask"), args),
-        decoder_token_mask=None if tape is None else _mask(kwargs.get("decoder_attention_mask")),
+        token_mask=_mask(kwargs.get("attention_mask"), args) if masked else None,
+        decoder_token_mask=_mask(kwargs.get("decoder_attention_mask")) if masked else None,
         tape=tape,
         is_forward=True,
     )
