@@ -23,8 +23,8 @@ from moelora import Routing, record_routing
 #: Allowed relative errors by dtype of the base model: of logits, and of gradients. Rounding of the
 #: base model's own activations through all blocks is most of it; PEFT's one LoRA has the same.
 TOLERANCES = {"fp32": (1e-4, 1e-3), "fp16": (1e-2, 4e-2), "bf16": (4e-2, 1e-1)}
-#: Where experts are chosen anew in the slow run, from activations that were rounded otherwise, a few
-#: tokens go elsewhere. So with these variants, and with every router in a compiled model, whose
+#: Where experts are chosen anew in the slow run, from activations rounded otherwise, a few tokens
+#: go elsewhere. So with these variants, and with every router in a compiled model, whose
 #: base rounds at other places than the one that was recorded. In float32 none does.
 _CHOOSES_ANEW = {"arrow", "npasses", "xlora"}
 _ANEW_FACTOR = 6

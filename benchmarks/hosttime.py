@@ -92,4 +92,4 @@ def _linears(built: Built) -> int:
 
 
 def _launches(step: Step) -> float:
-    return kernel_profile(step)["launches"]
+    return kernel_profile(step)[0]["launches"]

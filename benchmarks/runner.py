@@ -25,7 +25,7 @@ from benchmarks.ops import measure_op
 from benchmarks.roofline import Ceilings, measure_ceilings
 from benchmarks.shapes import DTYPES, BaseModels
 from benchmarks.steps import build_for, make_step
-from benchmarks.timing import Effort, Step, kernel_profile, time_steps, top_kernels
+from benchmarks.timing import Effort, Step, kernel_profile, time_steps
 
 FORMAT = 1
 
@@ -125,9 +125,10 @@ class Runner:
             found.update(peak_above_weights(step, built.model, self.device))
         extra: dict[str, Any] = {}
         if self.device.type == "cuda":
-            found.update(kernel_profile(step))
-            if self.profile:
-                extra["kernels"] = top_kernels(step, count=self.profile)
+            kernels, top = kernel_profile(step, top=self.profile)
+            found.update(kernels)
+            if top:
+                extra["kernels"] = top
         return {"metrics": found, "errors": errors, **extra}
 
     def _eager_peak(self, case: Case, built: Built) -> dict[str, float]:

@@ -225,43 +225,50 @@ def capture(step: Step) -> Step:
     return Step(replay, prepare=step.rewind, repeats=step.repeats)
 
 
-def kernel_profile(step: Step) -> dict[str, float]:
-    """Sum of the kernels' own time of one run, in ms, and the number of launches.
-
-    Unlike the time between two events this has no gaps: what the run would take if the host were
-    infinitely fast.
-    """
+def _profiled(step: Step) -> Sequence[Any]:
+    """The profiler's events of one run."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     step.prepare()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as profile:
         step.run()
         torch.cuda.synchronize()
-    total, launches = 0.0, 0
-    for event in profile.events() or ():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            total += event.self_device_time_total
+    return profile.events() or ()
+
+
+def _is_kernel(event: Any) -> bool:
+    """Whether an event is work of the device, not a range that someone marked."""
+    on_device = event.device_type == torch.autograd.DeviceType.CUDA
+    return on_device and not getattr(event, "is_user_annotation", False)
+
+
+def kernel_profile(step: Step, *, top: int = 0) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """What one run did on the device.
+
+    Args:
+        step: what to run.
+        top: how many of the kernels that take the most time to list.
+
+    Returns:
+        ``kernels_ms``, the sum of the kernels' own times, which unlike the time between two events
+        has no gaps: what the run would take if the host were infinitely fast; ``launches``, the
+        number of kernels, copies and fills that the host started; and the list, with name, calls
+        and ms.
+    """
+    times: dict[str, list[float]] = {}
+    launches = 0
+    for event in _profiled(step):
+        if _is_kernel(event):
+            times.setdefault(event.name, []).append(event.self_device_time_total / 1e3)
         elif _is_launch(event.name):
             launches += 1
-    return {"kernels_ms": total / 1e3 / step.repeats, "launches": launches / step.repeats}
-
-
-def top_kernels(step: Step, *, count: int = 15) -> list[dict[str, Any]]:
-    """The kernels that take the most time in one run: name, calls, ms."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    step.prepare()
-    with torch.profiler.profile(activities=activities) as profile:
-        step.run()
-        torch.cuda.synchronize()
-    found: dict[str, list[float]] = {}
-    for event in profile.events() or ():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            found.setdefault(event.name, []).append(event.self_device_time_total / 1e3)
     rows = [
-        {"kernel": name[:120], "calls": len(times), "ms": round(sum(times), 4)}
-        for name, times in found.items()
+        {"kernel": name[:120], "calls": len(found), "ms": round(sum(found), 4)}
+        for name, found in times.items()
     ]
-    return sorted(rows, key=lambda row: -row["ms"])[:count]
+    total = sum(map(sum, times.values()))
+    metrics = {"kernels_ms": total / step.repeats, "launches": launches / step.repeats}
+    return metrics, sorted(rows, key=lambda row: -row["ms"])[:top]
 
 
 def _is_launch(name: str) -> bool:
