@@ -49,6 +49,7 @@ def inject_adapter(
             tuner.__dict__[_ROUTED_BLOCKS] = set()
             original(tuner, model, adapter_name, *args, **kwargs)
             del tuner.__dict__[_ROUTED_BLOCKS]
+        _take_maturity(tuner, adapter_name, config)
     else:
         original(tuner, model, adapter_name, *args, **kwargs)
     if not isinstance(tuner, _peft.AdaLoraModel):
@@ -251,6 +252,23 @@ def mark_mature(
 
 def _routers_of(layer: Any) -> Any:
     return layer._modules.get("lora_router", ())
+
+
+def _take_maturity(tuner: Any, adapter_name: str, config: MoELoraConfig) -> None:
+    """Give an adapter that is added with another one's own config object that one's maturity.
+
+    So TRL makes the reference of a trained adapter, and copies its parameters only.
+    """
+    others = [name for name, other in tuner.peft_config.items() if other is config]
+    other = next((name for name in others if name != adapter_name), None)
+    if other is None or config.router_type != "learned_with_maturity":
+        return
+    for module in tuner.model.modules():
+        routers: Any = _routers_of(module) if isinstance(module, _peft.LoraLayer) else ()
+        if adapter_name in routers and other in routers:
+            mature, source = routers[adapter_name].mature, routers[other].mature
+            if mature.device.type != "meta" and source.device.type != "meta":
+                mature.copy_(source)
 
 
 # Merging -------------------------------------------------------------------------------------
