@@ -33,7 +33,8 @@ class DescribedExpert:
         rank: its largest rank in a layer, without padding.
         layers: how many layers it adapts (is not zero in).
         parameters: of A and B, without padding.
-        update_norm: Frobenius norm of its whole update, ``sqrt(sum_layers |scaling B A|^2)``.
+        update_norm: Frobenius norm of its whole update, ``sqrt(sum_layers |scaling B A|^2)``;
+            None if the adapter is more than A and B.
         mature: None if that is not tracked.
     """
 
@@ -43,7 +44,7 @@ class DescribedExpert:
     rank: int
     layers: int
     parameters: int
-    update_norm: float
+    update_norm: float | None
     mature: bool | None
 
 
@@ -201,7 +202,7 @@ def _told(index: int, place: ExpertPlace, expert: Expert) -> DescribedExpert:
 
 def _unread(index: int, place: ExpertPlace) -> DescribedExpert:
     """An expert that is more than A and B: only its config is told."""
-    return DescribedExpert(index, place.name, place.adapter, place.config.r, 0, 0, math.nan, None)
+    return DescribedExpert(index, place.name, place.adapter, place.config.r, 0, 0, None, None)
 
 
 def squared_norm(pair: LoraPair) -> float:

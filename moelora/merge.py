@@ -18,7 +18,7 @@ from moelora.expert_folders import SavedModel, find_experts
 from moelora.expert_tensors import Expert, LoraPair
 from moelora.export import write_lora
 from moelora.new_folder import check_new_folder
-from moelora.stacking import common_scaling, folded, stack
+from moelora.stacking import common_scaling, folded, stack, without_padding
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,9 @@ def merge_experts(
     these very weights is it the same, and nothing needs to be measured.
 
     Experts of weight 0 are left out. Without ``rank`` the LoRA is exact, of the sum of the other
-    experts' ranks; with it each layer's update is truncated to its best approximation of that
-    rank (by the singular value decomposition, in rank space), and the error is told.
+    experts' ranks (without padding); with it each layer's update is truncated to its best
+    approximation of that rank (by the singular value decomposition, in rank space), and the error
+    is told.
 
     Args:
         source: the folder or hub id of a mixture, or a folder of several adapters.
@@ -183,10 +184,14 @@ def _check_measure(
 
 def _weighted_sum(experts: list[Expert], weights: list[float]) -> dict[str, LoraPair]:
     """Each layer's experts side by side, with their weights and scalings in B."""
-    chosen = [(e, weight) for e, weight in zip(experts, weights, strict=True) if weight != 0]
-    names = dict.fromkeys(name for expert, _ in chosen for name in expert.layers)
+    chosen = [
+        (without_padding(expert.layers), weight)
+        for expert, weight in zip(experts, weights, strict=True)
+        if weight != 0
+    ]
+    names = dict.fromkeys(name for layers, _ in chosen for name in layers)
     return {
-        name: _side_by_side([(e.layers[name], w) for e, w in chosen if name in e.layers])
+        name: _side_by_side([(layers[name], w) for layers, w in chosen if name in layers])
         for name in names
     }
 
