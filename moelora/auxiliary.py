@@ -11,12 +11,13 @@
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moelora.distributed import average_over_ranks, number_of_ranks, statistics_of
 from moelora.errors import AuxLossError
 from moelora.losses import auxiliary_losses, loss_of_statistics
 from moelora.outputs import carried_tensors, with_aux_loss, with_tensors
@@ -157,7 +158,7 @@ def add_auxiliary_loss(
 def router_losses(entries: list[TapeEntry]) -> tuple[Tensor, Tensor]:
     """The mean over routers of their loss, and of coefficient times loss."""
     groups: dict[tuple[Any, ...], list[TapeEntry]] = {}
-    for entry in entries:
+    for entry in _joined(entries):
         groups.setdefault(_kind(entry), []).append(entry)
     sums = [(group[0].coefficient, _losses(group).sum()) for group in groups.values()]
     device = sums[0][1].device
@@ -168,11 +169,42 @@ def router_losses(entries: list[TapeEntry]) -> tuple[Tensor, Tensor]:
     return mean, weighted.sum() / len(entries)
 
 
+def _joined(entries: list[TapeEntry]) -> list[TapeEntry]:
+    """The same entries; those of ``over_ranks`` with the statistics of all processes' tokens.
+
+    One collective for all of them: grouped like the losses, ranks might disagree on the groups.
+    """
+    joining = [entry for entry in entries if entry.over_ranks]
+    if not joining or number_of_ranks() == 1:
+        return entries
+    averaged = iter(average_over_ranks([_statistics(entry) for entry in joining]))
+    return [
+        replace(entry, statistics=(next(averaged), _num_experts(entry)), token_mask=None)
+        if entry.over_ranks
+        else entry
+        for entry in entries
+    ]
+
+
+def _statistics(entry: TapeEntry) -> Tensor:
+    """A router's statistics, without the padding of a fused op."""
+    if entry.statistics is None:
+        return statistics_of(_routing_of(entry), token_mask=entry.token_mask)
+    values, num_experts = entry.statistics
+    width = (len(values) - 2) // 3
+    means = values[:-2].reshape(3, width)[:, :num_experts].reshape(-1)
+    return torch.cat([means, values[-2:]])
+
+
+def _num_experts(entry: TapeEntry) -> int:
+    return entry.statistics[1] if entry.statistics else _routing_of(entry).router_probs.shape[-1]
+
+
 def _kind(entry: TapeEntry) -> tuple[Any, ...]:
     """What routers must have in common for their losses to be computed together."""
     if entry.statistics is not None:
         values, num_experts = entry.statistics
-        shape: tuple[int, ...] = (num_experts,)
+        shape: tuple[int, ...] = (num_experts, len(values))
     else:
         values, shape = _routing_of(entry).router_probs, _routing_of(entry).router_probs.shape
     mask = None if entry.token_mask is None else entry.token_mask.data_ptr()
@@ -266,7 +298,7 @@ def attach_deferred(result: Tensor, entry: TapeEntry, tape: Tape) -> Tensor:
     """
     if entry.coefficient == 0 or tape.deferred is None or not entry.has_graph:
         return result
-    loss = _losses([entry]).sum()
+    loss = _losses(_joined([entry])).sum()
     weighted_scale, plain_scale = tape.deferred
     scale = weighted_scale * entry.coefficient + plain_scale
     if isinstance(scale, Tensor):

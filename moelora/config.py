@@ -35,6 +35,7 @@ ROUTING_FIELDS = (
     "router_scope",
     "fixed_routing_weights",
     "joins_mixture",
+    "balance_over_ranks",
 )
 # LoRA options whose meaning is that of one always-on update of the base weight, or that keep
 # parameters which a stack of experts cannot share.
@@ -95,6 +96,9 @@ class MoELoraConfig(LoraConfig):
             them, and one that comes later starts immature.
         expert_names: what the experts are called in files and reports, as plain folder names; None
             for numbers.
+        balance_over_ranks: when several processes train, balance the experts over the tokens of
+            all of them, as one process would over the joined batch. False balances each process's
+            own tokens and takes the mean of their losses, with no communication.
         moelora_format: version of the saved format.
 
     Raises:
@@ -119,6 +123,7 @@ class MoELoraConfig(LoraConfig):
     router_scope: RouterScope = field(default="module")
     fixed_routing_weights: list[float] | None = field(default=None)
     joins_mixture: bool = field(default=False)
+    balance_over_ranks: bool = field(default=False)
     expert_names: list[str] | None = field(default=None)
     moelora_format: int = field(default=FORMAT_VERSION)
 
@@ -166,6 +171,9 @@ def _check_flags(config: MoELoraConfig) -> None:
     use_moe_routing: Any = config.use_moe_routing
     if not isinstance(use_moe_routing, bool):
         _fail("use_moe_routing", use_moe_routing, "True or False")
+    balance_over_ranks: Any = config.balance_over_ranks
+    if not isinstance(balance_over_ranks, bool):
+        _fail("balance_over_ranks", balance_over_ranks, "True or False")
     joins_mixture: Any = config.joins_mixture
     if not isinstance(joins_mixture, bool):
         _fail("joins_mixture", joins_mixture, "True or False")

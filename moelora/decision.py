@@ -36,6 +36,7 @@ class MixtureSpec:
     expert_dropout: float
     loss_type: str
     aux_loss_coef: float
+    balance_over_ranks: bool
     fixed_weights: tuple[float, ...]
 
     @classmethod
@@ -54,6 +55,7 @@ class MixtureSpec:
             expert_dropout=float(config.expert_dropout),
             loss_type=config.load_balance_loss_type,
             aux_loss_coef=float(config.router_aux_loss_coef),
+            balance_over_ranks=config.balance_over_ranks,
             fixed_weights=tuple(config.fixed_routing_weights or uniform),
         )
 
@@ -137,6 +139,7 @@ def decide(
         coefficient=spec.aux_loss_coef,
         router_is_trainable=any(p.requires_grad for r, _ in routers for p in r.parameters()),
         checkpointed=frame.checkpointed,
+        over_ranks=training and spec.balance_over_ranks,
     )
     weights = report(routing.routing_weights, entry, frame.tape)
     return replace(routing, routing_weights=weights)

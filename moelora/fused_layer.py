@@ -235,6 +235,7 @@ def route(
         router_is_trainable=router.weight.requires_grad,
         checkpointed=frame.checkpointed,
         statistics=(result.statistics, spec.num_experts),
+        over_ranks=training and spec.balance_over_ranks,
     )
     return report(result.output, entry, tape)
 

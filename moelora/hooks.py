@@ -214,6 +214,7 @@ def _report_attached(base: nn.Module, router: Router, hidden_states: Tensor, fra
             coefficient=spec.aux_loss_coef,
             router_is_trainable=any(p.requires_grad for p in router.parameters()),
             checkpointed=False,
+            over_ranks=frame.tape.training and spec.balance_over_ranks,
         )
     )
 

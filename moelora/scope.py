@@ -31,6 +31,7 @@ class TapeEntry:
         router_is_trainable: whether a gradient is wanted.
         checkpointed: made inside a block that is recomputed in backward.
         statistics: the sums that a fused op made of the decision, and the number of experts.
+        over_ranks: its loss is that of the tokens of all processes.
     """
 
     layer_name: str
@@ -41,6 +42,7 @@ class TapeEntry:
     router_is_trainable: bool
     checkpointed: bool
     statistics: tuple[Tensor, int] | None = None
+    over_ranks: bool = False
 
     @property
     def has_graph(self) -> bool:

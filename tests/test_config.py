@@ -50,6 +50,7 @@ DEFAULTS: dict[str, object] = {
     "router_scope": "module",
     "fixed_routing_weights": None,
     "joins_mixture": False,
+    "balance_over_ranks": False,
 }
 
 
