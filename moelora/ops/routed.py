@@ -5,6 +5,7 @@ where capacity and statistics need sums over all tokens); one product accumulate
 the base output. Backward is one kernel between the same products.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,21 +16,8 @@ from torch.autograd.function import once_differentiable
 from moelora.ops.options import RouterOptions
 from moelora.ops.products import base_gradient, base_product, wide_mm
 
-#: Up to so many tokens the update is added by a kernel that reads only the chosen experts' B.
+#: Up to so many tokens two kernels read the parameters as they are, the chosen experts' B only.
 DECODE_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A layer's adapter in the dtype of its input.
-
-    Attributes:
-        rows: ``(padded ranks + splits * padded experts, d_in)``: A, then the router's rows.
-        lora_b: ``(d_out, ranks)``.
-    """
-
-    rows: Tensor
-    lora_b: Tensor
 
 
 @dataclass(frozen=True)
@@ -38,17 +26,43 @@ class RoutedOutput:
 
     Attributes:
         output: ``(*batch, d_out)``, in the dtype of the input.
-        router_logits: ``(tokens, experts)`` divided by the temperature, float32, without a graph;
-            None if a small forward was not asked to record them.
-        routing_weights: the same for the weights, after capacity.
-        statistics: float32 sums for the auxiliary losses, see :class:`Statistics`; None if not
-            asked for.
+        decision: ``(2, tokens, experts)`` float32, without a graph: router logits divided by the
+            temperature, and routing weights after capacity; None where it was not asked for.
+        statistics: float32 sums for the auxiliary losses over valid tokens: mean probabilities of
+            the experts, their shares of slots, of first choices (each padded to a power of two),
+            the mean squared logsumexp, the number of tokens; None where not asked for.
     """
 
     output: Tensor
-    router_logits: Tensor | None
-    routing_weights: Tensor | None
+    decision: Tensor | None
     statistics: Tensor | None
+
+
+class _Sizes:
+    """Sizes of a layer's packed rows and of the kernels' blocks, worked out once per shape."""
+
+    def __init__(self, ranks: int, experts: int, d_in: int, *, is_split: bool) -> None:
+        self.ranks, self.experts, self.d_in = ranks, experts, d_in
+        self.is_split = is_split
+        self.splits = 3 if is_split else 1
+        self.rank = ranks // experts
+        self.padded_ranks = _eights(ranks)
+        self.padded_experts = _eights(experts)
+        self.rows = self.padded_ranks + self.splits * self.padded_experts
+        self.grad_columns = self.padded_ranks + self.padded_experts
+        # at least the padded experts, whose gradients have to be written as zeros
+        self.experts_block = max(8, _power_of_two(experts))
+        self.rank_block = _power_of_two(self.rank)
+        self.statistics = 3 * self.experts_block + 2
+        self.block = 1024
+        self.row_programs = self.rows * -(-d_in // self.block)
+        self.backward_tokens = max(1, 4096 // (self.experts_block * self.rank_block))
+        self.key = (ranks, experts, d_in, is_split)
+
+    def tokens_block(self, tokens: int) -> int:
+        """Tokens per program: enough programs for the device, few enough partial sums to add."""
+        wanted = 32 if tokens <= 8192 else 64 if tokens <= 32768 else 128
+        return max(1, min(wanted, 2048 // self.experts_block))
 
 
 def _power_of_two(number: int) -> int:
@@ -59,62 +73,39 @@ def _eights(number: int) -> int:
     return -(-number // 8) * 8
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Sizes of the packed rows, and of the kernels' blocks."""
-
-    ranks: int
-    experts: int
-    splits: int
-
-    @property
-    def rank(self) -> int:
-        return self.ranks // self.experts
-
-    @property
-    def padded_ranks(self) -> int:
-        return _eights(self.ranks)
-
-    @property
-    def padded_experts(self) -> int:
-        return _eights(self.experts)
-
-    @property
-    def rows(self) -> int:
-        return self.padded_ranks + self.splits * self.padded_experts
-
-    @property
-    def experts_block(self) -> int:
-        return _power_of_two(self.experts)
-
-    def tokens_block(self, tokens: int) -> int:
-        """Tokens per program: enough programs for the device, few enough partial sums to add."""
-        wanted = 32 if tokens <= 8192 else 64 if tokens <= 32768 else 128
-        return max(1, min(wanted, 2048 // self.experts_block))
+@functools.lru_cache(maxsize=1024)
+def _sizes(ranks: int, experts: int, d_in: int, dtype: torch.dtype) -> _Sizes:
+    return _Sizes(ranks, experts, d_in, is_split=dtype != torch.float32)
 
 
-def _layout(lora_a: Tensor, num_experts: int, dtype: torch.dtype) -> _Layout:
-    return _Layout(lora_a.shape[0], num_experts, 1 if dtype == torch.float32 else 3)
+@functools.cache
+def _launchers() -> Any:
+    """The kernels, imported when first used: Triton is slow to import and not everywhere."""
+    from moelora.ops import launchers
+
+    return launchers
 
 
-def pack(x_dtype: torch.dtype, lora_a: Tensor, lora_b: Tensor, router: Tensor) -> Packed:
-    """Bring an adapter into the dtype of the input, A and the router's rows in one matrix."""
-    from moelora.ops import triton_kernels as kernels
-
-    layout = _layout(lora_a, router.shape[0], x_dtype)
-    d_in = lora_a.shape[1]
-    rows = lora_a.new_empty(layout.rows, d_in, dtype=x_dtype)
-    same = lora_b.dtype == x_dtype and lora_b.is_contiguous()
-    b_out = lora_b if same else torch.empty_like(lora_b, dtype=x_dtype).contiguous()
-    block = 1024
-    row_programs = layout.rows * -(-d_in // block)
-    b_numel = 0 if same else lora_b.numel()
-    kernels._pack_fwd_kernel[(row_programs + -(-b_numel // block),)](
-        lora_a.contiguous(), router.contiguous(), lora_b.contiguous(), rows, b_out,
-        d_in, layout.ranks, layout.padded_ranks, layout.experts, layout.padded_experts,
-        row_programs, b_numel, SPLIT=layout.splits > 1, BLOCK=block,
+def _pack(
+    x: Tensor, lora_a: Tensor, lora_b: Tensor, router: Tensor, sizes: _Sizes
+) -> tuple[Tensor, Tensor]:
+    """A and the router's rows as one matrix, and B, all in the dtype of the input."""
+    rows = x.new_empty(sizes.rows, sizes.d_in)
+    same = lora_b.dtype == x.dtype
+    b_out = lora_b if same else torch.empty_like(lora_b, dtype=x.dtype)
+    numel = 0 if same else lora_b.numel()
+    launchers = _launchers()
+    launchers.pack(
+        (sizes.row_programs + -(-numel // sizes.block),),
+        (*sizes.key, lora_a.dtype, lora_b.dtype, router.dtype, x.dtype, x.device, numel),
+        (
+            lora_a, router, lora_b, rows, b_out, sizes.d_in, sizes.ranks, sizes.padded_ranks,
+            sizes.experts, sizes.padded_experts, sizes.row_programs, numel, sizes.is_split,
+            sizes.block,
+        ),
+        aligned=launchers.is_aligned(lora_a, lora_b, router),
     )  # fmt: skip
-    return Packed(rows, b_out)
+    return rows, b_out
 
 
 def _route(
@@ -122,40 +113,78 @@ def _route(
     token_mask: Tensor | None,
     mature: Tensor | None,
     options: RouterOptions,
-    layout: _Layout,
+    sizes: _Sizes,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits, weights, scaled ranks and statistics of all tokens."""
-    from moelora.ops import triton_kernels as kernels
-
-    tokens, experts = z.shape[0], layout.experts
-    block_t, block_e = layout.tokens_block(tokens), layout.experts_block
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Logits and weights, scaled ranks, and statistics of all tokens."""
+    tokens, experts = z.shape[0], sizes.experts
+    block_t, block_e = sizes.tokens_block(tokens), sizes.experts_block
     blocks = max(1, -(-tokens // block_t))
-    logits = z.new_empty(tokens, experts)
-    weights = z.new_empty(tokens, experts)
-    mixed = z.new_empty(tokens, layout.ranks, dtype=dtype)
+    decision = z.new_empty(2, tokens, experts)
+    mixed = z.new_empty(tokens, sizes.ranks, dtype=dtype)
     capacity = options.capacity_factor
-    counts = capacity is not None or options.statistics
-    statistics = z.new_empty(3 * block_e + 2) if options.statistics else z
-    partial = z.new_empty(blocks, 3 * block_e + 2) if counts else z
-    sizes = (z.stride(0), layout.padded_ranks, layout.padded_experts)
+    has_capacity, has_statistics = capacity is not None, options.statistics
+    has_mask, has_mature = token_mask is not None, mature is not None
+    statistics = z.new_empty(sizes.statistics) if has_statistics else None
+    partial = z
     mask = z if token_mask is None else token_mask
-    common = {"K": options.top_k, "E2": block_e, "SPLITS": layout.splits, "BLOCK_T": block_t}
-    if counts:
-        kernels._count_fwd_kernel[(blocks,)](
-            z, mask, partial, tokens, experts, *sizes, 1.0 / options.temperature,
-            HAS_MASK=token_mask is not None, **common,
+    inverse = 1.0 / options.temperature
+    place = (z.stride(0), sizes.padded_ranks, sizes.padded_experts)
+    key = (*sizes.key, options.top_k, block_t, has_mask, z.device)
+    launchers = _launchers()
+    if has_capacity or has_statistics:
+        partial = z.new_empty(blocks, sizes.statistics)
+        launchers.count(
+            (blocks,),
+            key,
+            (
+                z, mask, partial, tokens, experts, *place, inverse,
+                options.top_k, block_e, sizes.splits, has_mask, block_t,
+            ),
         )  # fmt: skip
-    kernels._route_fwd_kernel[(blocks,)](
-        z, mask, z if mature is None else mature, partial, logits, weights, mixed, statistics,
-        tokens, experts, layout.rank, layout.ranks, *sizes, blocks, 1.0 / options.temperature,
-        0.0 if capacity is None else capacity * options.top_k / experts, options.scaling,
-        HAS_MASK=token_mask is not None, HAS_MATURE=mature is not None,
-        HAS_CAPACITY=capacity is not None, HAS_STATISTICS=options.statistics,
-        BLOCK_R=min(128, _power_of_two(layout.padded_ranks)),
-        BLOCK_P=max(1, min(64, 4096 // block_e)), **common,
+    launchers.route(
+        (blocks,),
+        (*key, dtype, has_mature, has_capacity, has_statistics),
+        (
+            z, mask, z if mature is None else mature, partial, decision, mixed,
+            z if statistics is None else statistics, tokens, experts, sizes.rank, sizes.ranks,
+            *place, blocks, inverse,
+            0.0 if capacity is None else capacity * options.top_k / experts, options.scaling,
+            options.top_k, block_e, sizes.splits, has_mask, has_mature, has_capacity,
+            has_statistics, block_t, min(128, _power_of_two(sizes.padded_ranks)),
+            max(1, min(64, 4096 // block_e)),
+        ),
     )  # fmt: skip
-    return logits, weights, mixed, statistics
+    return decision, mixed, statistics
+
+
+def _route_backward(
+    grad_mixed: Tensor,
+    saved: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    grad_statistics: Tensor | None,
+    options: RouterOptions,
+    sizes: _Sizes,
+) -> Tensor:
+    """The gradient of ``A x`` and of the router's scores, in the dtype of the input."""
+    mixed, decision, token_mask, statistics = saved
+    tokens = mixed.shape[0]
+    grad_z = mixed.new_empty(tokens, sizes.grad_columns)
+    has_statistics = statistics is not None and grad_statistics is not None
+    has_mask = token_mask is not None
+    block_t = sizes.backward_tokens
+    _launchers().route_backward(
+        (-(-tokens // block_t),),
+        (*sizes.key, options.top_k, mixed.dtype, has_mask, has_statistics, mixed.device),
+        (
+            grad_mixed, mixed, decision, decision if token_mask is None else token_mask,
+            statistics if has_statistics else decision,
+            grad_statistics.contiguous() if grad_statistics is not None else decision,
+            grad_z, tokens, sizes.experts, sizes.rank, sizes.ranks, sizes.padded_ranks,
+            sizes.padded_experts, sizes.grad_columns, 1.0 / options.temperature, options.scaling,
+            options.top_k, sizes.experts_block, sizes.rank_block, has_mask, has_statistics, block_t,
+        ),
+    )  # fmt: skip
+    return grad_z
 
 
 class _RoutedLinear(torch.autograd.Function):
@@ -178,88 +207,43 @@ class _RoutedLinear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.options, ctx.is_conv1d, ctx.shape = options, is_conv1d, x.shape
         ctx.dtypes = (lora_a.dtype, lora_b.dtype, router.dtype)
-        packed = pack(x.dtype, lora_a, lora_b, router)
+        ctx.sizes = sizes = _sizes(lora_a.shape[0], options.num_experts, lora_a.shape[1], x.dtype)
         output = base_product(x, base_weight, bias, is_conv1d=is_conv1d)
         x = x.reshape(-1, x.shape[-1])
-        layout = _layout(lora_a, options.num_experts, x.dtype)
-        z = wide_mm(x, packed.rows.t())
-        logits, weights, mixed, statistics = _route(z, token_mask, mature, options, layout, x.dtype)
-        output.addmm_(mixed, packed.lora_b.t())
-        ctx.layout = layout
-        ctx.save_for_backward(
-            x, base_weight, packed.rows, packed.lora_b, mixed, logits, weights, token_mask,
-            statistics if options.statistics else None,
-        )  # fmt: skip
-        ctx.mark_non_differentiable(logits, weights)
-        return output, statistics if options.statistics else None, logits, weights
+        rows, lora_b = _pack(x, lora_a, lora_b, router, sizes)
+        z = wide_mm(x, rows.t())
+        decision, mixed, statistics = _route(z, token_mask, mature, options, sizes, x.dtype)
+        output.addmm_(mixed, lora_b.t())
+        ctx.save_for_backward(x, base_weight, rows, lora_b, mixed, decision, token_mask, statistics)
+        ctx.mark_non_differentiable(decision)
+        return output, statistics, decision
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, grad: Tensor | None, grad_statistics: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
-        x, base_weight, rows, lora_b, mixed, logits, weights, mask, statistics = ctx.saved_tensors
+        x, base_weight, rows, lora_b, *saved = ctx.saved_tensors
         needs_x, _, _, needs_a, needs_b, needs_router = ctx.needs_input_grad[:6]
         grad_x = grad_a = grad_b = grad_router = None
-        layout = ctx.layout
+        sizes = ctx.sizes
         if grad is None:
             grad = x.new_zeros(x.shape[0], lora_b.shape[0])
         if needs_b:
-            grad_b = wide_mm(grad.t(), mixed).to(ctx.dtypes[1])
+            grad_b = wide_mm(grad.t(), saved[0]).to(ctx.dtypes[1])
         if needs_x or needs_a or needs_router:
-            grad_z = _route_backward(
-                wide_mm(grad, lora_b), mixed, weights, logits, mask, statistics, grad_statistics,
-                ctx.options, layout, x.dtype,
-            )  # fmt: skip
+            grad_mixed = wide_mm(grad, lora_b)
+            grad_z = _route_backward(grad_mixed, saved, grad_statistics, ctx.options, sizes)
             if needs_a or needs_router:
                 grad_rows = wide_mm(grad_z.t(), x)
-                grad_a = grad_rows[: layout.ranks].to(ctx.dtypes[0])
-                start, end = layout.padded_ranks, layout.padded_ranks + layout.experts
-                grad_router = grad_rows[start:end]
-                if layout.splits > 1:
-                    width = layout.padded_experts
-                    grad_router = grad_router + grad_rows[start + width : end + width]
-                grad_router = grad_router.to(ctx.dtypes[2])
+                grad_a = grad_rows[: sizes.ranks].to(ctx.dtypes[0])
+                start = sizes.padded_ranks
+                grad_router = grad_rows[start : start + sizes.experts].to(ctx.dtypes[2])
             if needs_x:
                 grad_x = base_gradient(grad, base_weight, is_conv1d=ctx.is_conv1d)
                 # the leading bits of the router's rows are all that the dtype of x can hold
-                used = layout.padded_ranks + layout.padded_experts
-                grad_x = grad_x.addmm_(grad_z[:, :used], rows[:used]).view(ctx.shape)
+                grad_x = grad_x.addmm_(grad_z, rows[: sizes.grad_columns]).view(ctx.shape)
         return grad_x, None, None, grad_a, grad_b, grad_router, None, None, None, None
-
-
-def _route_backward(
-    grad_mixed: Tensor,
-    mixed: Tensor,
-    weights: Tensor,
-    logits: Tensor,
-    token_mask: Tensor | None,
-    statistics: Tensor | None,
-    grad_statistics: Tensor | None,
-    options: RouterOptions,
-    layout: _Layout,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The gradient of ``z``, with the router's part as leading bits and the rest."""
-    from moelora.ops import triton_kernels as kernels
-
-    tokens = mixed.shape[0]
-    parts = 2 if layout.splits > 1 else 1
-    columns = layout.padded_ranks + parts * layout.padded_experts
-    grad_z = mixed.new_empty(tokens, columns, dtype=dtype)
-    block_e, block_r = layout.experts_block, _power_of_two(layout.rank)
-    block_t = max(1, 4096 // (block_e * block_r))
-    has_statistics = statistics is not None and grad_statistics is not None
-    kernels._route_bwd_kernel[(-(-tokens // block_t),)](
-        grad_mixed, mixed, weights, logits, mixed if token_mask is None else token_mask,
-        statistics if has_statistics else mixed,
-        grad_statistics.contiguous() if has_statistics and grad_statistics is not None else mixed,
-        grad_z, tokens, layout.experts, layout.rank, layout.ranks, layout.padded_ranks,
-        layout.padded_experts, columns, 1.0 / options.temperature, options.scaling,
-        K=options.top_k, E2=block_e, R2=block_r, SPLIT=parts > 1,
-        HAS_MASK=token_mask is not None, HAS_STATISTICS=has_statistics, BLOCK_T=block_t,
-    )  # fmt: skip
-    return grad_z
 
 
 def routed_linear(
@@ -278,25 +262,26 @@ def routed_linear(
     """A frozen linear layer and its mixture, routed by a linear router that reads the same input.
 
     Differentiable once in ``x``, ``lora_a``, ``lora_b`` and ``router``, through the output and the
-    statistics. Defined by :func:`moelora.ops.reference.routed_linear_reference`.
+    statistics. Defined by :func:`moelora.ops.reference.routed_linear_reference`. Scores have
+    float32 accuracy also where the products run in bfloat16.
 
     Args:
-        x: ``(*batch, d_in)``, float32, bfloat16 or float16.
+        x: ``(*batch, d_in)``, float32 or bfloat16.
         base_weight: ``(d_out, d_in)``, or ``(d_in, d_out)`` of a ``Conv1D``; no gradient.
         bias: ``(d_out,)`` or None; no gradient.
-        lora_a: ``(experts * r, d_in)``.
-        lora_b: ``(d_out, experts * r)``.
-        router: ``(experts, d_in)``.
+        lora_a: ``(experts * r, d_in)``, contiguous.
+        lora_b: ``(d_out, experts * r)``, contiguous.
+        router: ``(experts, d_in)``, contiguous.
         options: how the router decides.
         token_mask: ``(tokens,)`` bool, False for padding, which takes no capacity and counts in no
             statistic.
         mature: ``(experts,)`` bool; while one is False all experts share every token.
         is_conv1d: the base is a ``Conv1D``.
     """
-    output, statistics, logits, weights = _RoutedLinear.apply(
+    output, statistics, decision = _RoutedLinear.apply(
         x, base_weight, bias, lora_a, lora_b, router, token_mask, mature, options, is_conv1d
     )
-    return RoutedOutput(output.view(*x.shape[:-1], output.shape[-1]), logits, weights, statistics)
+    return RoutedOutput(output.view(*x.shape[:-1], output.shape[-1]), decision, statistics)
 
 
 def routed_linear_inference(
@@ -318,64 +303,69 @@ def routed_linear_inference(
 
     Args:
         x: as there, and all that follow.
-        base_weight: ...
-        bias: ...
-        lora_a: ...
-        lora_b: ...
-        router: ...
+        base_weight: as there.
+        bias: as there.
+        lora_a: as there.
+        lora_b: as there.
+        router: as there.
         options: how the router decides; ``capacity_factor`` and ``statistics`` must be unset.
-        mature: ...
-        is_conv1d: ...
-        record: whether logits and weights are wanted also where they are not made anyway.
+        mature: as there.
+        is_conv1d: as there.
+        record: whether the decision is wanted also where it is not made anyway.
     """
     output = base_product(x, base_weight, bias, is_conv1d=is_conv1d)
     flat = x.reshape(-1, x.shape[-1])
-    if flat.shape[0] <= DECODE_TOKENS:
-        logits, weights = _decode(
-            flat, output, lora_a, lora_b, router, mature, options, record=record
+    if 0 < flat.shape[0] <= DECODE_TOKENS:
+        decision = _decode(
+            flat, output, (lora_a, lora_b, router.to(lora_a.dtype)), mature, options, record=record
         )
     else:
-        packed = pack(x.dtype, lora_a, lora_b, router)
-        layout = _layout(lora_a, options.num_experts, x.dtype)
-        z = wide_mm(flat, packed.rows.t())
-        logits, weights, mixed, _ = _route(z, None, mature, options, layout, x.dtype)
-        output.addmm_(mixed, packed.lora_b.t())
-    return RoutedOutput(output.view(*x.shape[:-1], output.shape[-1]), logits, weights, None)
+        sizes = _sizes(lora_a.shape[0], options.num_experts, lora_a.shape[1], x.dtype)
+        rows, lora_b = _pack(x, lora_a, lora_b, router, sizes)
+        z = wide_mm(flat, rows.t())
+        decision, mixed, _ = _route(z, None, mature, options, sizes, x.dtype)
+        output.addmm_(mixed, lora_b.t())
+    return RoutedOutput(output.view(*x.shape[:-1], output.shape[-1]), decision, None)
 
 
 def _decode(
     x: Tensor,
     output: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    router: Tensor,
+    adapter: tuple[Tensor, Tensor, Tensor],
     mature: Tensor | None,
     options: RouterOptions,
     *,
     record: bool,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> Tensor | None:
     """Route few tokens and add their update to ``output`` in place."""
-    from moelora.ops import triton_kernels as kernels
-
+    lora_a, lora_b, router = adapter
     (tokens, d_out), (ranks, d_in) = output.shape, lora_a.shape
-    experts = options.num_experts
-    logits = x.new_empty(tokens, experts, dtype=torch.float32) if record else None
-    weights = x.new_empty(tokens, experts, dtype=torch.float32) if record else None
-    if tokens == 0:
-        return logits, weights
+    experts, top_k = options.num_experts, options.top_k
     z = x.new_empty(tokens, ranks + experts, dtype=torch.float32)
-    kernels._scores_fwd_kernel[(ranks + experts,)](
-        x, lora_a, router, z, tokens, d_in, ranks, x.stride(0), z.stride(0),
-        T2=_power_of_two(tokens), BLOCK=1024 if tokens <= 4 else 512,
+    decision = z.new_empty(2, tokens, experts) if record else None
+    block_t = _power_of_two(tokens)
+    block = min(_power_of_two(d_in), 4096 // block_t)
+    launchers = _launchers()
+    launchers.scores(
+        (ranks + experts,),
+        (ranks, experts, d_in, block_t, lora_a.dtype, x.dtype, x.stride(0), x.device),
+        (
+            x, lora_a, router, z, tokens, d_in, ranks, x.stride(0), z.stride(0), block_t, block,
+        ),
+        aligned=launchers.is_aligned(x, lora_a, router),
     )  # fmt: skip
+    has_mature = mature is not None
     rank = ranks // experts
     block_r = _power_of_two(rank)
-    block_n = max(16, min(128, 2048 // block_r))
-    kernels._decode_fwd_kernel[(tokens, -(-d_out // block_n))](
-        z, z if mature is None else mature, lora_b, output, z if logits is None else logits,
-        z if weights is None else weights, d_out, experts, rank, ranks,
-        z.stride(0), ranks, experts, 1.0 / options.temperature,
-        options.scaling, K=options.top_k, E2=_power_of_two(experts), R2=block_r,
-        SPLITS=1, HAS_MATURE=mature is not None, RECORD=record, BLOCK_N=block_n,
+    block_n = max(16, min(64, 1024 // block_r))
+    launchers.decode(
+        (tokens, -(-d_out // block_n)),
+        (ranks, experts, d_out, top_k, lora_b.dtype, x.dtype, has_mature, record, x.device),
+        (
+            z, z if mature is None else mature, lora_b, output, z if decision is None else decision,
+            tokens, d_out, experts, rank, ranks, z.stride(0), 1.0 / options.temperature,
+            options.scaling, top_k, _power_of_two(experts), block_r, has_mature, record, block_n,
+        ),
+        aligned=launchers.is_aligned(lora_b, output),
     )  # fmt: skip
-    return logits, weights
+    return decision

@@ -59,9 +59,9 @@ def _pack_fwd_kernel(
             mask=inside,
         )
     else:
-        offset = (pid - row_programs).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        b = tl.load(b_ptr + offset, mask=offset < b_numel, other=0.0)
-        tl.store(b_out_ptr + offset, b.to(b_out_ptr.dtype.element_ty), mask=offset < b_numel)
+        element = (pid - row_programs).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        b = tl.load(b_ptr + element, mask=element < b_numel, other=0.0)
+        tl.store(b_out_ptr + element, b.to(b_out_ptr.dtype.element_ty), mask=element < b_numel)
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def _all_mature(mature_ptr, experts, E2: tl.constexpr, HAS_MATURE: tl.constexpr)
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["mask_ptr"])
 def _count_fwd_kernel(
     z_ptr,
     mask_ptr,
@@ -187,14 +187,16 @@ def _store_statistics(
     tl.store(statistics_ptr + 3 * E2 + 1, divisor)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["T", "blocks"],
+    do_not_specialize_on_alignment=["mask_ptr", "mature_ptr"],
+)
 def _route_fwd_kernel(
     z_ptr,
     mask_ptr,
     mature_ptr,
     partial_ptr,
-    logits_ptr,
-    weights_ptr,
+    decision_ptr,
     mixed_ptr,
     statistics_ptr,
     T,
@@ -258,8 +260,9 @@ def _route_fwd_kernel(
     else:
         weights = _softmax(logits, keep)
     weights = tl.where(_all_mature(mature_ptr, experts, E2, HAS_MATURE) > 0, weights, probs)
+    weights_ptr = decision_ptr + T.to(tl.int64) * experts
     offsets = tokens.to(tl.int64)[:, None] * experts + cols[None, :]
-    tl.store(logits_ptr + offsets, logits, mask=real)
+    tl.store(decision_ptr + offsets, logits, mask=real)
     tl.store(weights_ptr + offsets, weights, mask=real)
     # the weights just written are read back by rank; the barrier makes them seen
     tl.debug_barrier()
@@ -284,12 +287,14 @@ def _route_fwd_kernel(
         )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["T"],
+    do_not_specialize_on_alignment=["mask_ptr", "statistics_ptr", "grad_statistics_ptr"],
+)
 def _route_bwd_kernel(
     grad_mixed_ptr,
     mixed_ptr,
-    weights_ptr,
-    logits_ptr,
+    decision_ptr,
     mask_ptr,
     statistics_ptr,
     grad_statistics_ptr,
@@ -306,7 +311,6 @@ def _route_bwd_kernel(
     K: tl.constexpr,
     E2: tl.constexpr,
     R2: tl.constexpr,
-    SPLIT: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_STATISTICS: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -323,8 +327,9 @@ def _route_bwd_kernel(
     real = (cols < experts)[None, :] & inside[:, None]
     wide = tokens.to(tl.int64)
     per_expert = wide[:, None] * experts + cols[None, :]
+    logits = tl.load(decision_ptr + per_expert, mask=real, other=float("-inf"))
+    weights_ptr = decision_ptr + T.to(tl.int64) * experts
     weights = tl.load(weights_ptr + per_expert, mask=real, other=0.0)
-    logits = tl.load(logits_ptr + per_expert, mask=real, other=float("-inf"))
     rank_cols = cols[:, None] * rank + within[None, :]
     here = real[:, :, None] & (within < rank)[None, None, :]
     offsets = wide[:, None, None] * ranks + rank_cols[None, :, :]
@@ -365,14 +370,10 @@ def _route_bwd_kernel(
     grad_logits = tl.where(real, grad_logits * inverse_temperature, 0.0)
     columns = (cols < padded_experts)[None, :] & inside[:, None]
     scores = row[:, None] + padded_ranks + cols[None, :]
-    leading = grad_logits.to(out_dtype)
-    tl.store(scores, leading, mask=columns)
-    if SPLIT:
-        rest = grad_logits - leading.to(tl.float32)
-        tl.store(scores + padded_experts, rest.to(out_dtype), mask=columns)
+    tl.store(scores, grad_logits.to(out_dtype), mask=columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _scores_fwd_kernel(
     x_ptr,
     a_ptr,
@@ -390,46 +391,41 @@ def _scores_fwd_kernel(
     row = tl.program_id(0)
     tokens = tl.arange(0, T2)
     total = tl.zeros([T2, BLOCK], dtype=tl.float32)
-    is_a = row < ranks
+    if row < ranks:
+        row_ptr = a_ptr + row.to(tl.int64) * d_in
+    else:
+        row_ptr = router_ptr + (row - ranks).to(tl.int64) * d_in
     for start in range(0, d_in, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         inside = cols < d_in
-        a = tl.load(a_ptr + row.to(tl.int64) * d_in + cols, mask=inside & is_a, other=0.0)
-        w = tl.load(
-            router_ptr + (row - ranks).to(tl.int64) * d_in + cols,
-            mask=inside & (row >= ranks),
-            other=0.0,
-        )
+        w = tl.load(row_ptr + cols, mask=inside, other=0.0)
         x = tl.load(
             x_ptr + tokens[:, None] * x_stride + cols[None, :],
             mask=(tokens < T)[:, None] & inside[None, :],
             other=0.0,
         )
-        total += x.to(tl.float32) * (a.to(tl.float32) + w.to(tl.float32))[None, :]
+        total += x.to(tl.float32) * w.to(tl.float32)[None, :]
     tl.store(z_ptr + tokens * z_stride + row, tl.sum(total, axis=1), mask=tokens < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["mature_ptr"])
 def _decode_fwd_kernel(
     z_ptr,
     mature_ptr,
     b_ptr,
     output_ptr,
-    logits_ptr,
-    weights_ptr,
+    decision_ptr,
+    T,
     d_out,
     experts,
     rank,
     ranks,
     z_stride,
-    padded_ranks,
-    padded_experts,
     inverse_temperature,
     scaling,
     K: tl.constexpr,
     E2: tl.constexpr,
     R2: tl.constexpr,
-    SPLITS: tl.constexpr,
     HAS_MATURE: tl.constexpr,
     RECORD: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -438,44 +434,55 @@ def _decode_fwd_kernel(
     token = tl.program_id(0)
     outputs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = outputs < d_out
-    tokens = token + tl.zeros([1], dtype=tl.int32)
     cols = tl.arange(0, E2)
-    logits = _load_logits(
-        z_ptr, tokens, tokens >= 0, z_stride, padded_ranks, experts, padded_experts,
-        inverse_temperature, E2, SPLITS,
-    )  # fmt: skip
-    real = (cols < experts)[None, :]
-    probs = _softmax(logits, real)
-    chosen = (_choose(logits, K, E2) > 0) & real
-    if K == 1:
-        weights = tl.where(chosen, probs, 0.0)
-    else:
-        weights = _softmax(logits, chosen)
-    mature = _all_mature(mature_ptr, experts, E2, HAS_MATURE)
-    weights = tl.where(mature > 0, weights, probs)
-    if RECORD:
-        if tl.program_id(1) == 0:
-            offsets = token * experts + cols[None, :]
-            tl.store(logits_ptr + offsets, logits, mask=real)
-            tl.store(weights_ptr + offsets, weights, mask=real)
-    left = tl.reshape(tl.where(real, weights, -1.0), [E2])
     within = tl.arange(0, R2)
-    total = tl.zeros([BLOCK_N], dtype=tl.float32)
-    number = tl.where(mature > 0, K, experts)
-    for _ in range(number):
-        expert = tl.argmax(left, axis=0)
-        weight = tl.max(left, axis=0)
-        left = tl.where(cols == expert, -1.0, left)
-        ranks_of = expert * rank + within
-        # NaN scores may name a padded expert
-        mine = (within < rank) & (expert < experts)
-        z = tl.load(z_ptr + token * z_stride + ranks_of, mask=mine, other=0.0)
-        b = tl.load(
-            b_ptr + outputs.to(tl.int64)[:, None] * ranks + ranks_of[None, :],
-            mask=inside[:, None] & mine[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        total += tl.sum(b * (z * weight * scaling)[None, :], axis=1)
+    real = cols < experts
+    z_row = z_ptr + token * z_stride
+    logits = tl.load(z_row + ranks + cols, mask=real, other=0.0) * inverse_temperature
+    logits = tl.where(real, logits, float("-inf"))
+    highest = tl.max(logits, axis=0)
+    everything = tl.sum(tl.exp(logits - highest), axis=0)
+    mature = _all_mature(mature_ptr, experts, E2, HAS_MATURE)
     where = output_ptr + token.to(tl.int64) * d_out + outputs
     base = tl.load(where, mask=inside, other=0.0).to(tl.float32)
-    tl.store(where, (base + total).to(output_ptr.dtype.element_ty), mask=inside)
+    b_rows = b_ptr + outputs.to(tl.int64)[:, None] * ranks
+    total = tl.zeros([BLOCK_N], dtype=tl.float32)
+    kept = 0.0
+    rest = logits
+    for _ in tl.static_range(K):
+        expert = tl.argmax(rest, axis=0)
+        share = tl.exp(tl.max(rest, axis=0) - highest)
+        kept += share
+        rest = tl.where(cols == expert, float("-inf"), rest)
+        # NaN scores may name a padded expert
+        mine = (within < rank) & (expert < experts)
+        columns = expert * rank + within
+        z = tl.load(z_row + columns, mask=mine, other=0.0) * share
+        b = tl.load(b_rows + columns[None, :], mask=inside[:, None] & mine[None, :], other=0.0)
+        total += tl.sum(b.to(tl.float32) * z[None, :], axis=1)
+    if HAS_MATURE:
+        # the young share with all others
+        for _ in range(tl.where(mature > 0, 0, experts - K)):
+            expert = tl.argmax(rest, axis=0)
+            share = tl.exp(tl.max(rest, axis=0) - highest)
+            rest = tl.where(cols == expert, float("-inf"), rest)
+            mine = (within < rank) & (expert < experts)
+            columns = expert * rank + within
+            z = tl.load(z_row + columns, mask=mine, other=0.0) * share
+            b = tl.load(b_rows + columns[None, :], mask=inside[:, None] & mine[None, :], other=0.0)
+            total += tl.sum(b.to(tl.float32) * z[None, :], axis=1)
+    divisor = everything
+    if K > 1:
+        divisor = tl.where(mature > 0, kept, everything)
+    tl.store(
+        where,
+        (base + total * (scaling / divisor)).to(output_ptr.dtype.element_ty),
+        mask=inside,
+    )
+    if RECORD:
+        if tl.program_id(1) == 0:
+            chosen = (rest == float("-inf")) | (mature == 0)
+            weights = tl.where(chosen, tl.exp(logits - highest) / divisor, 0.0)
+            row = decision_ptr + token * experts + cols
+            tl.store(row, logits, mask=real)
+            tl.store(row + T * experts, weights, mask=real)

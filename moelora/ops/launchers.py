@@ -1,0 +1,71 @@
+"""The kernels, launched at the price of an ordinary PyTorch operation.
+
+``kernel[grid](...)`` finds out at every call how its arguments specialise it, which takes more time
+on the host than the kernels of a small layer take on the GPU. Here the compiled kernel is kept by
+the sizes and dtypes it was compiled for, and launched directly.
+"""
+
+from typing import Any
+
+import triton
+from packaging.version import Version
+from torch import Tensor
+
+from moelora.ops import triton_kernels as kernels
+
+# 3.5: the first whose compiled kernels take all arguments in order, constants included
+_LAUNCHES_DIRECTLY = Version(triton.__version__) >= Version("3.5")
+_ALIGNMENT = 16
+
+
+class Launcher:
+    """A kernel and its compiled forms.
+
+    Args:
+        kernel: what ``triton.jit`` made. What may change under one key, other than pointers to
+            aligned memory, must be listed in its ``do_not_specialize``.
+        num_warps: warps per program.
+    """
+
+    def __init__(self, kernel: Any, *, num_warps: int = 4) -> None:
+        self.kernel = kernel
+        self.num_warps = num_warps
+        self.compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(
+        self,
+        grid: tuple[int, ...],
+        key: tuple[Any, ...],
+        arguments: tuple[Any, ...],
+        *,
+        aligned: bool = True,
+    ) -> None:
+        """Launch the kernel.
+
+        Args:
+            grid: programs along one or two axes.
+            key: all that the arguments may differ in besides values: sizes, dtypes, the device.
+            arguments: every argument of the kernel in order, constants included.
+            aligned: False if a tensor from outside starts at an odd address.
+        """
+        compiled = self.compiled.get(key) if aligned else None
+        if compiled is not None:
+            if grid[0] > 0:
+                compiled[(grid[0], grid[1] if len(grid) > 1 else 1, 1)](*arguments)
+            return
+        compiled = self.kernel[grid](*arguments, num_warps=self.num_warps)
+        if _LAUNCHES_DIRECTLY and aligned and hasattr(compiled, "packed_metadata"):
+            self.compiled[key] = compiled
+
+
+def is_aligned(*tensors: Tensor) -> bool:
+    """Whether kernels may assume that these start at multiples of 16 bytes."""
+    return all(tensor.data_ptr() % _ALIGNMENT == 0 for tensor in tensors)
+
+
+pack = Launcher(kernels._pack_fwd_kernel)
+count = Launcher(kernels._count_fwd_kernel)
+route = Launcher(kernels._route_fwd_kernel)
+route_backward = Launcher(kernels._route_bwd_kernel)
+scores = Launcher(kernels._scores_fwd_kernel)
+decode = Launcher(kernels._decode_fwd_kernel, num_warps=1)
