@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from moelora.cli import compose, convert, demo, export, inspect, merge, run
+from moelora.cli import compose, convert, demo, export, inspect, merge, report, run, validate
 from moelora.errors import MoELoraError
 
-COMMANDS = (demo, compose, export, inspect, merge, convert, run)
+COMMANDS = (demo, compose, export, inspect, merge, convert, report, validate, run)
 BAD_INPUT = 2
 INTERRUPTED = 130
 
