@@ -24,8 +24,14 @@ from moelora.expert_io import (
 from moelora.expert_names import check_new_name, rename_adapter
 from moelora.expert_record import ExpertRecord, changed
 from moelora.expert_set import ExpertId, ExpertSet
-from moelora.frozen import freeze_adapters, frozen_adapters, unfreeze_adapters
+from moelora.frozen import (
+    adapter_parameters,
+    freeze_adapters,
+    frozen_adapters,
+    unfreeze_adapters,
+)
 from moelora.mixture import mark_mature
+from moelora.optimizer import note_removed
 from moelora.places import hidden_size_of
 from moelora.rollback import unchanged_on_error
 from moelora.router import Router
@@ -77,7 +83,7 @@ class ExpertManager(ExpertSet):
         model: nn.Module,
         *,
         r: int = 8,
-        lora_alpha: float = 16,
+        lora_alpha: int | float = 16,
         lora_dropout: float = 0.0,
         target_modules: list[str] | str | None = None,
         routing: MoELoraConfig | None = None,
@@ -103,7 +109,7 @@ class ExpertManager(ExpertSet):
         name: str | None = None,
         *,
         r: int | None = None,
-        lora_alpha: float | None = None,
+        lora_alpha: int | float | None = None,
         lora_dropout: float | None = None,
         target_modules: list[str] | str | None = None,
         skill: str | None = None,
@@ -197,8 +203,10 @@ class ExpertManager(ExpertSet):
         if not remaining:
             remaining = [n for n in self.get_all_adapter_names() if n != name]
         self._activate(remaining)
+        gone = [p for layer in self._layers() for p in adapter_parameters(layer, [name])]
         with self._flags_kept():
             self.model.delete_adapter(name)
+        note_removed(gone)
         self._activate(remaining)
         router = get_router(self.model)
         if isinstance(router, Router) and router.num_experts == total:

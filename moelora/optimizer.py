@@ -37,7 +37,8 @@ def update_optimizer(optimizer: Optimizer, model: nn.Module, **options: Any) -> 
     they get with their first step. Router rows that lie in another parameter now (a
     :class:`~moelora.Router` that was frozen in part, or shrunk) keep their state: each tensor of it
     is cut as the parameter was. Parameters of removed experts leave. All other parameters, and
-    their state, are not touched.
+    their state, are not touched. Groups whose parameters were in the model's order stay so, which
+    is what a saved optimiser is read by.
 
     Call it after ``create_expert``, ``remove_expert``, ``freeze`` or ``add_router``, between two
     steps.
@@ -72,6 +73,7 @@ def update_optimizer(optimizer: Optimizer, model: nn.Module, **options: Any) -> 
         raise TypeError("LBFGS keeps one history for all parameters and cannot follow a model.")
     named = [(name, p) for name, p in model.named_parameters() if p.numel() > 0]
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    ordered = [group for group in optimizer.param_groups if _is_ordered(group, named)]
     moved = {
         id(p): origin for _, p in named if id(p) not in known and (origin := _origin(p, known))
     }
@@ -86,6 +88,8 @@ def update_optimizer(optimizer: Optimizer, model: nn.Module, **options: Any) -> 
         _add_group(optimizer, new, options)
     elif new:
         _join_groups(optimizer, model, new)
+    for group in ordered:
+        _order(group, named)
     return [parameter for _, parameter in new]
 
 
@@ -137,6 +141,25 @@ def _replace_in_group(
             continue
         optimizer.state.pop(parameter, None)
     _set_group(group, kept)
+
+
+def _is_ordered(group: dict[str, Any], named: list[tuple[str, nn.Parameter]]) -> bool:
+    """Whether a group has the model's parameters in the model's order."""
+    place = {id(p): number for number, (_, p) in enumerate(named)}
+    places = [place[id(p)] for p in group["params"] if id(p) in place]
+    return places == sorted(places)
+
+
+def _order(group: dict[str, Any], named: list[tuple[str, nn.Parameter]]) -> None:
+    """Bring a group's parameters into the model's order; others keep their places."""
+    place = {id(p): number for number, (_, p) in enumerate(named)}
+    names = group.get("param_names") or [""] * len(group["params"])
+    members = list(zip(names, group["params"], strict=True))
+    slots = [slot for slot, (_, p) in enumerate(members) if id(p) in place]
+    own = sorted((members[slot] for slot in slots), key=lambda member: place[id(member[1])])
+    for slot, member in zip(slots, own, strict=True):
+        members[slot] = member
+    _set_group(group, members)
 
 
 def _set_group(group: dict[str, Any], members: list[tuple[str, nn.Parameter]]) -> None:

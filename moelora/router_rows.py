@@ -47,7 +47,7 @@ def append(router: Any, number: int, *, std: float) -> None:
         new = torch.zeros_like(existing[0][:1]).repeat(number, *(1,) * (existing[0].ndim - 1))
         if name == "weight":
             nn.init.normal_(new, std=std)
-        router.register_parameter(block_name(name, len(existing)), nn.Parameter(new))
+        _set_blocks(router, name, [*existing, nn.Parameter(new)])
 
 
 def cut(router: Any, sizes: list[int]) -> None:
@@ -117,10 +117,16 @@ def _take(existing: list[nn.Parameter], columns: list[int]) -> nn.Parameter:
 
 
 def _set_blocks(router: Any, name: str, pieces: list[nn.Parameter]) -> None:
-    for number in range(len(blocks(router, name))):
-        del router._parameters[block_name(name, number)]
-    for number, piece in enumerate(pieces):
-        router.register_parameter(block_name(name, number), piece)
+    """Replace the blocks; the parameters' order is that of a router made so from the start."""
+    old = [block_name(name, number) for number in range(len(blocks(router, name)))]
+    ordered: dict[str, nn.Parameter | None] = {}
+    for key, parameter in router._parameters.items():
+        if key == name:
+            ordered.update({block_name(name, n): piece for n, piece in enumerate(pieces)})
+        elif key not in old:
+            ordered[key] = parameter
+    router._parameters.clear()
+    router._parameters.update(ordered)
 
 
 def fitted(router: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
