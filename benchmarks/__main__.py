@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.cases import SUITES, Case, UnknownNameError, cases_of, select
 from benchmarks.environment import ROOT, environment
-from benchmarks.report import RESULTS, load, tables_of, update_files
+from benchmarks.report import IMAGES, RESULTS, load, tables_of, update_files
 from benchmarks.runner import Runner, run_and_write, tell
 from benchmarks.timing import Effort
 
@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--check", action="store_true", help="fail if a document is out of date")
     plot = commands.add_parser("plot", help="draw the sweeps and the roofline (needs matplotlib)")
     plot.add_argument("--results", type=Path, default=RESULTS)
-    plot.add_argument("--out", type=Path, default=ROOT / "docs" / "images")
+    plot.add_argument("--out", type=Path, default=IMAGES)
     return parser
 
 

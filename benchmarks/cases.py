@@ -239,6 +239,7 @@ _TINY_GROUPS = (
         Variant("xlora", 3, 3, 4),
     ),
     group(Conditions("train", "tiny", 2, 8, dtype="bf16"), BASE, LORA, HALF_LORA, MIXTURE),
+    group(Conditions("train", "tiny", 2, 8, dtype="fp16"), LORA, MIXTURE),
     group(Conditions("train", "tiny", 2, 8, dtype="fp32", optimizer=True), LORA, MIXTURE),
     group(Conditions("train", "tiny-gpt2", 2, 8, dtype="fp32"), BASE, LORA, MIXTURE),
     *(

@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.baselines import Built, Variant
 from benchmarks.cases import COMPILED, Conditions
 from benchmarks.slow import slow_layers, slow_loss
-from benchmarks.steps import checkpoint, make_step, training_inputs
+from benchmarks.steps import checkpoint, loss_scale, make_step, training_inputs
 from benchmarks.timing import Step
 from moelora import Routing, record_routing
 
@@ -128,7 +128,7 @@ def _expected_training(variant: Variant, built: Built, conditions: Conditions) -
     _forget_gradients(built)
     with slow_layers(variant, built, record) as run:
         loss = slow_loss(run, built.call(**inputs).loss)
-        loss.backward()
+        (loss * loss_scale(conditions)).backward()
     expected = {
         name: parameter.grad
         for name, parameter in built.model.named_parameters()

@@ -13,6 +13,7 @@ from benchmarks.cases import UnknownNameError
 from benchmarks.environment import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
+IMAGES = ROOT / "docs" / "images"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 _MARKED = re.compile(
     r"(<!-- benchmarks:begin(?: (?P<name>[a-z-]+))? -->\n).*?(<!-- benchmarks:end -->)", re.DOTALL
@@ -228,6 +229,23 @@ def section(runs: Sequence[Run], kinds: Sequence[str], *, on_cpu: bool) -> str:
     return "\n\n".join(parts) if parts else _NOT_MEASURED.capitalize() + "."
 
 
+def pictures() -> str:
+    """The pictures that were drawn."""
+    titles = {
+        "experts": "Training against the number of experts",
+        "top-k": "Training against the experts per token",
+        "rank": "Training against the rank",
+        "tokens": "Training against the tokens per step",
+        "roofline": "The ops under the measured ceilings",
+    }
+    lines = [
+        f"![{title}](images/benchmark-{name}.svg)"
+        for name, title in titles.items()
+        if (IMAGES / f"benchmark-{name}.svg").is_file()
+    ]
+    return "\n\n".join(lines) if lines else "Not drawn."
+
+
 def tables_of(runs: Sequence[Run]) -> dict[str, str]:
     """Every generated text by its marker's name."""
     every_kind = [kind for kinds in _SECTIONS.values() for kind in kinds]
@@ -235,6 +253,7 @@ def tables_of(runs: Sequence[Run]) -> dict[str, str]:
         "bar": bar_table(runs),
         **{name: section(runs, kinds, on_cpu=False) for name, kinds in _SECTIONS.items()},
         "cpu": section(runs, every_kind, on_cpu=True),
+        "pictures": pictures(),
         "failures": failures_table(runs),
         "environments": environments_table(runs),
     }

@@ -178,6 +178,7 @@ class Runner:
                 return {"errors": errors}
 
             results[case] = guarded(case, prepared)
+            tell(f"[{self.elapsed:6.1f} s] {case.name}: checked, {results[case]['status']}")
         runnable = [case for case in members if results[case]["status"] == "ok"]
         effort = replace(self.effort, seconds=self.effort.seconds * max(1, len(runnable)))
         timed = time_steps([steps[case] for case in runnable], self.device, effort)

@@ -86,6 +86,11 @@ def training_inputs(
     return {"inputs_embeds": embeddings, "labels": ids}
 
 
+def loss_scale(conditions: Conditions) -> float:
+    """What the loss is multiplied with before backward: float16 would lose small gradients."""
+    return 2.0**12 if conditions.dtype == "fp16" else 1.0
+
+
 def _training(built: Built, conditions: Conditions, device: torch.device) -> Step:
     inputs = training_inputs(built, conditions, device)
     call = compiled(built, conditions)
@@ -95,9 +100,11 @@ def _training(built: Built, conditions: Conditions, device: torch.device) -> Ste
         fused = device.type == "cuda"
         optimizer = torch.optim.AdamW(built.trainable, lr=1e-5, fused=fused, capturable=fused)
 
+    scale = loss_scale(conditions)
+
     def run() -> Tensor:
         loss: Tensor = call(**inputs).loss
-        loss.backward()
+        (loss if scale == 1 else loss * scale).backward()
         if optimizer is not None:
             optimizer.step()
         return loss.detach()
