@@ -255,9 +255,10 @@ def as_markdown(content: dict[str, Any]) -> str:
         "# Five skills in sequence",
         "",
         f"{content['model']}, frozen; each skill gets {plan['seeding']} + {plan['consolidation']} "
-        f"steps of {plan['rows']} texts. Validation loss of the completions, nats per token. One LoRA "
-        "has the ranks of all experts together and sees the same batches in the same order, without "
-        "replay; in the second phase experts also see two batches of every earlier skill, in turns.",
+        f"steps of {plan['rows']} texts. Validation loss of the completions, nats per token. One "
+        "LoRA has the ranks of all experts together and sees the same batches in the same order, "
+        "without replay; in the second phase the experts also see two batches of each earlier "
+        "skill, in turns.",
         "",
         "| skill | frozen base | learnt | at the end, its expert | at the end, routed | one LoRA, "
         "learnt | one LoRA, at the end |",
