@@ -4,6 +4,7 @@ The load balancing loss is a product of two means over tokens, so the mean of th
 ranks is not the loss of their joined batch. Averaging the means first makes it so.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,6 +61,27 @@ def sum_over_ranks(values: Tensor) -> Tensor:
         return values
     summed: Tensor = _SumOverRanks.apply(values)
     return summed
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A parameter that FSDP2 keeps in pieces, as a whole; any other as it is.
+
+    FSDP2 makes parameters whole for the forward of the module they were grouped with; a router of
+    the whole model decides before that. Its gradient is averaged over ranks as FSDP2 would.
+
+    Args:
+        tensor: a parameter or any tensor.
+
+    Example:
+        >>> whole(torch.ones(2))
+        tensor([1., 1.])
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None or not isinstance(tensor, module.DTensor):
+        return tensor
+    averaged = [module.Partial("avg")] * tensor.device_mesh.ndim
+    gathered: Tensor = tensor.full_tensor(grad_placements=averaged)
+    return gathered
 
 
 def statistics_of(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moelora import router_rows as rows
 from moelora.config import is_int, is_number
+from moelora.distributed import whole
 from moelora.errors import ConfigError, RoutingWeightsError
 from moelora.routing import Routing, share_while_immature, top_k_routing
 
@@ -76,7 +77,8 @@ class ModuleRouter(nn.Module):
         """
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
             dtype = torch.promote_types(self.weight.dtype, torch.float32)
-            first = self.weight if self.hidden_weight is None else self.hidden_weight
+            weight = whole(self.weight)
+            first = weight if self.hidden_weight is None else whole(self.hidden_weight)
             if self.reads_indices:
                 scores = F.embedding(hidden_states, first.t().to(dtype))
             else:
@@ -84,7 +86,7 @@ class ModuleRouter(nn.Module):
                 scores = F.linear(hidden_states.to(dtype), first.to(dtype))
             if self.hidden_weight is None:
                 return scores
-            return F.linear(F.silu(scores), self.weight.to(dtype))
+            return F.linear(F.silu(scores), weight.to(dtype))
 
     def extra_repr(self) -> str:
         """Name the sizes in ``repr(model)``."""

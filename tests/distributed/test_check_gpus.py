@@ -1,0 +1,56 @@
+"""The script for several GPUs, on two processes of the CPU: DDP and FSDP2 against one process."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.examples.tiny import EXAMPLES, run_example
+
+SCRIPT = EXAMPLES / "distributed" / "check_gpus.py"
+CHECKS = {
+    *(f"DDP: gradients, scope {scope}" for scope in ("module", "layer", "model")),
+    *(f"DDP: gradients, balance over ranks, {kind}" for kind in ("aux_loss", "switch", "z_loss")),
+    "DDP: 64 experts, one per token",
+    "DDP: gradients, non-reentrant checkpointing",
+    "DDP: gradients, reentrant checkpointing",
+    "DDP: parameters after 5 steps",
+    "DDP: saved, reloaded on one process",
+    *(f"FSDP2: gradients, scope {scope}" for scope in ("module", "layer", "model")),
+    "FSDP2: gradients, checkpointing",
+    "FSDP2: parameters after 5 steps",
+    "FSDP2: resuming continues to the bit",
+    "FSDP2: saved, reloaded on one process",
+    "FSDP2: bfloat16, the loss falls",
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes found, by check."""
+    report = tmp_path_factory.mktemp("report") / "report.json"
+    done = run_example(SCRIPT, "--device", "cpu", "--report", report)
+    assert report.is_file(), done.stderr[-3000:]
+    ranks = json.loads(report.read_text())["ranks"]
+    return [{entry["check"]: entry for entry in rank} for rank in ranks]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", sorted(CHECKS))
+def test_two_processes_do_what_one_does(check: str, results: list[dict[str, Any]]) -> None:
+    assert len(results) == 2
+    for rank in results:
+        assert rank[check]["passed"], rank[check]["note"]
+
+
+@pytest.mark.slow
+def test_the_script_checks_all_of_these(results: list[dict[str, Any]]) -> None:
+    assert [set(rank) for rank in results] == [CHECKS, CHECKS]
+
+
+def test_without_gpus_the_script_says_so() -> None:
+    done = run_example(SCRIPT, "--ranks", "999")
+    assert done.returncode == 2
+    assert done.stdout.startswith("999 GPUs are needed, ")
