@@ -349,6 +349,8 @@ def _like(config: Any) -> dict[str, Any]:
         name: getattr(config, name)
         for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "task_type")
     }
+    if isinstance(values["target_modules"], set):
+        values["target_modules"] = sorted(values["target_modules"])
     if getattr(config, "has_router", False):
         routing = {name: getattr(config, name) for name in ROUTING_FIELDS}
         values["routing"] = MoELoraConfig(**{**routing, "num_experts": 1, "joins_mixture": True})

@@ -118,10 +118,10 @@ class ExpertSet:
             return [self.name_of(experts)]
         return [self.name_of(expert) for expert in experts]
 
-    def _covers_all(self, router: Router, *, tracking: bool = False) -> bool:
-        """Whether a router's columns are the experts' (and it keeps their maturity)."""
-        has_all = router.num_experts == self.num_experts
-        return has_all and (router.mature is not None or not tracking)
+    def _rows_of(self, names: list[str], router: Router) -> list[int]:
+        """An attached router's rows for these experts; it may have been made for fewer or more."""
+        rows = [column for name in names for column in self.columns_of(name)]
+        return [row for row in rows if row < router.num_experts]
 
     def _tracks_maturity(self, name: str) -> bool:
         config = self._configs()[name]

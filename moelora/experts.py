@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moelora import _peft
+from moelora.adapter_folder import ROUTER_KEY
 from moelora.attached import attach_router, get_router
 from moelora.binding import base_of, bind
 from moelora.config import MoELoraConfig, is_int
@@ -171,7 +172,7 @@ class ExpertManager(ExpertSet):
             if active == self.get_all_adapter_names()[:-1]:
                 self.activate_all_experts()
         self._records()[name] = record
-        if self._tracks_maturity(name):
+        if self._tracks_maturity(name) and not any(ROUTER_KEY in key for key in tensors or ()):
             mark_mature(self._tuner.model, name, mature=False)
         bind(self._tuner.model, self._tuner.peft_config)
         return len(self) - 1
@@ -197,8 +198,10 @@ class ExpertManager(ExpertSet):
                 f"{name!r} is the only expert and cannot be removed: a PEFT model needs an adapter "
                 "(model.unload() returns the base model)."
             )
-        columns = self.columns_of(name)
-        total = self.num_experts
+        router = get_router(self.model)
+        if isinstance(router, Router):
+            # first, since it may refuse
+            router.shrink(self._rows_of([name], router))
         remaining = [n for n in self.active_experts if n != name]
         if not remaining:
             remaining = [n for n in self.get_all_adapter_names() if n != name]
@@ -208,10 +211,6 @@ class ExpertManager(ExpertSet):
             self.model.delete_adapter(name)
         note_removed(gone)
         self._activate(remaining)
-        router = get_router(self.model)
-        if isinstance(router, Router) and router.num_experts == total:
-            router.shrink(columns)
-        self._records()
 
     def rename_expert(self, expert: ExpertId, name: str) -> None:
         """Give an expert another name; its tensors, place and record stay.
@@ -290,8 +289,8 @@ class ExpertManager(ExpertSet):
                 "Use moelora.Router, or freeze that router as a whole first."
             )
         freeze_adapters(base_of(self.model), names)
-        if isinstance(router, Router) and self._covers_all(router):
-            router.freeze([column for name in names for column in self.columns_of(name)])
+        if isinstance(router, Router):
+            router.freeze(self._rows_of(names, router))
 
     def unfreeze(self, experts: "ExpertId | Iterable[ExpertId] | None" = None) -> None:
         """Let experts and their router rows be trained again.
@@ -307,8 +306,8 @@ class ExpertManager(ExpertSet):
             self._configs()[name].inference_mode = False
         unfreeze_adapters(base_of(self.model), names)
         router = get_router(self.model) if names else None
-        if isinstance(router, Router) and self._covers_all(router):
-            router.unfreeze([column for name in names for column in self.columns_of(name)])
+        if isinstance(router, Router):
+            router.unfreeze(self._rows_of(names, router))
 
     def is_frozen(self, expert: ExpertId) -> bool:
         """Whether an expert is frozen.
@@ -341,8 +340,8 @@ class ExpertManager(ExpertSet):
         for name in names:
             if self._tracks_maturity(name):
                 mark_mature(self._tuner.model, name, mature=mature)
-            if isinstance(router, Router) and self._covers_all(router, tracking=True):
-                router.mark_mature(self.columns_of(name), mature=mature)
+            if isinstance(router, Router) and router.mature is not None:
+                router.mark_mature(self._rows_of([name], router), mature=mature)
             records[name] = changed(records[name], mature=mature)
 
     def is_mature(self, expert: ExpertId) -> bool:
@@ -353,8 +352,8 @@ class ExpertManager(ExpertSet):
         """
         name = self.name_of(expert)
         router = get_router(self.model)
-        if isinstance(router, Router) and self._covers_all(router, tracking=True):
-            return all(router.is_mature(column) for column in self.columns_of(name))
+        if isinstance(router, Router) and router.mature is not None:
+            return all(router.is_mature(row) for row in self._rows_of([name], router))
         for layer in self._layers():
             routers = layer._modules.get("lora_router", {})
             if name in routers and routers[name].mature is not None:
@@ -559,6 +558,9 @@ class ExpertManager(ExpertSet):
         found = read_source(source, adapter)
         config, tensors = converted(found, self.routing)
         record = found.record if skill is None else changed(found.record, skill=skill)
+        if not any(ROUTER_KEY in key for key in tensors):
+            # the rows that it gets here have learnt nothing
+            record = changed(record, mature=False)
         name = found.name if name is None else name
         check_new_name(base_of(self.model), self.get_all_adapter_names(), name)
         return self._add(name, config, record, tensors)
