@@ -18,6 +18,7 @@ from moelora.errors import (
     IncompatiblePeftError,
     MergeError,
     MoELoraError,
+    ReportError,
     RoutingWeightsError,
     SkillError,
     UnsupportedLayerError,
@@ -38,6 +39,7 @@ from moelora.novelty import (
 from moelora.optim import MoEOptimizer, param_groups
 from moelora.optimizer import update_optimizer
 from moelora.record import RoutingRecord, record_routing
+from moelora.report import RoutingReport, routing_report
 from moelora.router import Router
 from moelora.routing import Routing, top_k_routing
 from moelora.schedule import TwoPhaseSchedule
@@ -66,10 +68,12 @@ __all__ = [
     "MoETrainerCallback",
     "Novelty",
     "NoveltyDetector",
+    "ReportError",
     "RoutedDistance",
     "Router",
     "Routing",
     "RoutingRecord",
+    "RoutingReport",
     "RoutingWeightsError",
     "SkillError",
     "SkillLibrary",
@@ -89,6 +93,7 @@ __all__ = [
     "record_routing",
     "router_entropy",
     "router_z_loss",
+    "routing_report",
     "skill_embeddings",
     "switch_loss",
     "top_k_routing",

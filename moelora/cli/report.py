@@ -119,7 +119,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     # one bar is enough, and what transformers will rename is no concern of this user
     logging.disable_progress_bar()
-    logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from moelora.report.job import routing_report
     from moelora.report.loading import load_mixture

@@ -98,13 +98,13 @@ def _tokens(results: DemoResults) -> str:
     )
     data = {"views": [view.weights for view in usage.tokens], "experts": experts}
     return (
-        "<h2>Who serves which token</h2>"
+        "<section><h2>Who serves which token</h2>"
         "<p>The first validation text of each skill, prompt and completion. A token has the tint "
         "of its strongest expert; the strip below it is split by routing weight. Point at a token, "
         "or go to a text and use the arrow keys, to read its weights; press an expert to see only "
         "its tokens. Of each layer the router with the largest separation can be picked.</p>"
         f"{markup.router_picker(options, chosen=chosen)}{markup.expert_legend(experts)}{texts}"
-        f"{markup.page_data(data)}"
+        f"</section>{markup.page_data(data)}"
     )
 
 

@@ -24,7 +24,7 @@ def information_chart(layers: Sequence[str], information: Sequence[Information])
         marks.append(
             f"<g><title>{escape(layers[index])}: {each.observed:.3f} bits, shuffled "
             f"{each.shuffled_mean:.3f}, at most {each.shuffled_max:.3f}</title>"
-            f"<line class=range x1={x:.1f} x2={x:.1f} y1={frame.y(0):.1f} "
+            f"<line class=range x1={x:.1f} x2={x:.1f} y1={frame.y(0.0):.1f} "
             f"y2={frame.y(each.shuffled_max):.1f} />"
             f"<circle class=mean cx={x:.1f} cy={frame.y(each.shuffled_mean):.1f} r=3.5 />"
             f"<circle class=seen cx={x:.1f} cy={frame.y(each.observed):.1f} r=5.5 /></g>"
@@ -112,7 +112,7 @@ class _Frame:
         self.inner = height - TOP - BOTTOM
         self.step = (WIDTH - LEFT - RIGHT) / max(1, steps)
 
-    def x(self, index: float) -> float:
+    def x(self, index: int) -> float:
         return LEFT + (index + 0.5) * self.step
 
     def y(self, value: float) -> float:

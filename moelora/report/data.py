@@ -69,6 +69,11 @@ class Plan:
     order_bin: list[int]
     order: list[int]
 
+    @property
+    def position_bins(self) -> int:
+        """The number of bins of the position in a passage."""
+        return min(POSITION_BINS, self.max_length)
+
 
 def order_bins(sizes: Sequence[int]) -> tuple[list[int], list[int]]:
     """Sort passages into bins by their order, each bin within one domain.
@@ -99,7 +104,6 @@ class Collector:
     Args:
         places: the routers to watch; their sums are of their own columns.
         plan: how tokens are sorted.
-        keep_shown: how many tokens of a domain are kept one by one.
     """
 
     def __init__(self, places: Sequence[RouterPlace], plan: Plan) -> None:
@@ -116,7 +120,7 @@ class Collector:
 
             self.sums[place.name] = Sums(
                 labelled=zeros(sets, domains),
-                by_position=zeros(POSITION_BINS),
+                by_position=zeros(plan.position_bins),
                 by_order=zeros(len(plan.order)),
                 together=zeros(experts),
             )
@@ -154,7 +158,7 @@ class Collector:
     def _add_stack(self, names: list[str], weights: Tensor, tokens: "_Tokens") -> None:
         shares = token_shares(weights)
         passages = _grouped(shares, tokens.row, len(tokens.labels[0]))
-        positions = _grouped(shares, tokens.position, POSITION_BINS)
+        positions = _grouped(shares, tokens.position, self.plan.position_bins)
         orders = _grouped(shares, tokens.order, len(self.plan.order))
         domains = len(self.plan.offset)
         labelled = torch.stack([_grouped(passages, row, domains) for row in tokens.labels], dim=1)
@@ -188,7 +192,7 @@ class _Tokens:
         rows, seq = real.shape
         numbers = [plan.offset[p.domain] + p.index for p in batch]
         row = torch.arange(rows).unsqueeze(1).expand(rows, seq)[real]
-        position = torch.arange(seq).expand(rows, seq)[real] * POSITION_BINS // plan.max_length
+        position = torch.arange(seq).expand(rows, seq)[real] * plan.position_bins // plan.max_length
         order = torch.tensor([plan.order_bin[number] for number in numbers])[row]
         first = batch[0]
         return cls(

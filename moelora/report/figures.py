@@ -116,7 +116,7 @@ def _domains(report: RoutingReport) -> Figure:
     maps = [(report.domain_load, "Domains x experts")]
     if report.shuffled_load is not None:
         maps.append((report.shuffled_load, "Domains shuffled"))
-    figure = _figure(5 * len(maps), 1.6 + 0.4 * len(names))
+    figure = _figure(5.0 * len(maps), 1.6 + 0.4 * len(names))
     for axes, (loads, title) in zip(
         figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True
     ):
@@ -127,7 +127,7 @@ def _domains(report: RoutingReport) -> Figure:
 
 
 def _information(report: RoutingReport) -> Figure:
-    figure = _figure(9, 3.4)
+    figure = _figure(9.0, 3.4)
     _draw_information(figure.subplots(), report)
     return figure
 
@@ -153,7 +153,7 @@ def _draw_information(axes: Axes, report: RoutingReport) -> None:
 
 
 def _layers(report: RoutingReport) -> Figure:
-    figure = _figure(5, min(12.0, 1.6 + 0.26 * len(report.layers)))
+    figure = _figure(5.0, min(12.0, 1.6 + 0.26 * len(report.layers)))
     axes = figure.subplots()
     image = _layer_heat(axes, report)
     figure.colorbar(image, ax=axes, label="% of a row", shrink=0.8)
@@ -171,7 +171,7 @@ def _layer_heat(axes: Axes, report: RoutingReport) -> AxesImage:
 
 
 def _entropy(report: RoutingReport) -> Figure:
-    figure = _figure(9, 3.4)
+    figure = _figure(9.0, 3.4)
     _draw_entropy(figure.subplots(), report)
     return figure
 
@@ -211,7 +211,7 @@ def _similarity(report: RoutingReport) -> Figure:
 
 def _position(report: RoutingReport) -> Figure:
     router = max(report.routers, key=lambda r: r.load_entropy - r.token_entropy)
-    figure = _figure(9, 3.4)
+    figure = _figure(9.0, 3.4)
     axes = figure.subplots()
     names = [report.experts[e] for e in router.experts]
     rows = [row or [0.0] * len(names) for row in router.by_position]
@@ -223,7 +223,7 @@ def _position(report: RoutingReport) -> Figure:
 
 
 def _training(report: RoutingReport) -> Figure:
-    figure = _figure(9, 3.4)
+    figure = _figure(9.0, 3.4)
     axes = figure.subplots()
     if report.training is not None:
         loads = report.training.loads

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from moelora.config import is_int
 from moelora.errors import ReportError
 from moelora.report.data import (
-    POSITION_BINS,
     SHOWN_TOKENS,
     Collector,
     Plan,
@@ -136,6 +135,7 @@ def routing_report(
     if odd:
         raise ReportError(f"The routing weights of {odd[0]} hold NaN or infinity.")
     settings: dict[str, str | int | float | None] = {
+        "base_model": _name_of(routed.base),
         "max_tokens": max_tokens,
         "max_length": max_length,
         "batch_size": batch_size,
@@ -214,7 +214,7 @@ def _assemble(
         if shuffles
         else None,
         information=_information(bits.mean(dim=1)) if shuffles else None,
-        positions=_position_names(made.collector.plan.max_length),
+        positions=_position_names(made.collector.plan),
         order=made.collector.plan.order,
         similarity=similarity,
         training=training,
@@ -292,8 +292,9 @@ def _bins(sums: Tensor) -> list[list[float] | None]:
     ]
 
 
-def _position_names(max_length: int) -> list[str]:
-    edges = [-(-max_length * b // POSITION_BINS) for b in range(POSITION_BINS + 1)]
+def _position_names(plan: Plan) -> list[str]:
+    bins = plan.position_bins
+    edges = [-(-plan.max_length * number // bins) for number in range(bins + 1)]
     return [
         f"{start}" if end - start <= 1 else f"{start} to {end - 1}"
         for start, end in itertools.pairwise(edges)

@@ -1,5 +1,7 @@
 """The parts that pages are made of: pure functions from values to escaped HTML."""
 
+import base64
+import hashlib
 import html
 import json
 import math
@@ -11,7 +13,7 @@ from moelora.report.palette import expert_variable, theme_css
 
 #: Shares of a map's largest value from which on a cell's text has to change its colour.
 MID, HIGH = 0.5, 0.65
-SIMILAR = "similar"
+SIMILAR, TOGETHER = "similar", "together"
 
 
 def escape(text: object) -> str:
@@ -33,13 +35,21 @@ def document(title: str, sections: str) -> str:
         title: of the window, not yet escaped.
         sections: HTML.
     """
+    script = f"\n{_asset('page.js')}"
     return (
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
+        f'<meta http-equiv=Content-Security-Policy content="{_policy(script)}">'
         "<meta name=viewport content='width=device-width, initial-scale=1'>"
         f"<title>{escape(title)}</title><style>\n{theme_css()}{_asset('page.css')}</style></head>\n"
         f"<body><main>\n{sections}</main>\n"
-        f"<script>\n{_asset('page.js')}</script></body></html>\n"
+        f"<script>{script}</script></body></html>\n"
     )
+
+
+def _policy(script: str) -> str:
+    """Let the page's own script run and nothing else, and nothing be fetched."""
+    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
+    return f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
 
 
 def cards(pairs: Sequence[tuple[str, str]]) -> str:
@@ -60,6 +70,7 @@ def heat_map(
     kind: str = "heat",
     key: str = "",
     of: str = "of the routing weight of a row",
+    fixed: bool = False,
 ) -> str:
     """Return shares as a coloured table with the numbers in percent, and the scale below it.
 
@@ -72,11 +83,14 @@ def heat_map(
         kind: classes of the table.
         key: what the page's script fills the table with when another router is picked.
         of: what the shares are shares of.
+        fixed: whatever router is picked.
     """
     signed = key == SIMILAR
     names = columns or [f"E{column}" for column in range(len(values[0]))]
     heads = "".join(f"<th scope=col title='{escape(n)}'>{escape(n)}</th>" for n in names)
-    largest = scale_end(values)
+    # an even share lies in the middle of the scale
+    least = 0.1 if key == TOGETHER else min(1.0, 2 / len(names))
+    largest = scale_end(values, least=least)
     body = "".join(
         f"<tr><th scope=row title='{escape(name)}'>{escape(name)}</th>"
         f"{''.join(_cell(value, largest, signed=signed) for value in row)}</tr>"
@@ -88,23 +102,28 @@ def heat_map(
         else f"<div class=scale>0 % <i></i> <span data-top>{100 * largest:.0f} %</span> "
         f"{escape(of)}</div>"
     )
+    data = f" data-map={key} data-least={least:.4f}" if key and not fixed else ""
     return (
-        f"<figure{f' data-map={key}' if key else ''}><h3>{escape(caption)}</h3>"
+        f"<figure{data}><h3>{escape(caption)}</h3>"
         f"<div class=scroll><table class='{kind}'>"
         f"<thead><tr><td class=none></td>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
         f"{scale}</figure>"
     )
 
 
-def scale_end(values: Sequence[Sequence[float | None]]) -> float:
+def scale_end(values: Sequence[Sequence[float | None]], *, least: float) -> float:
     """Return where a map's scale ends: its largest value, up to the next tenth.
 
+    Args:
+        values: of the map.
+        least: where it ends at least.
+
     Example:
-        >>> scale_end([[0.21, None], [0.3, 0.0]])
+        >>> scale_end([[0.21, None], [0.3, 0.0]], least=0.1)
         0.3
     """
     largest = max((value for row in values for value in row if value is not None), default=0.0)
-    return max(0.1, math.ceil(10 * largest - 1e-9) / 10)
+    return max(least, math.ceil(10 * largest - 1e-9) / 10)
 
 
 def _cell(value: float | None, largest: float, *, signed: bool) -> str:
@@ -113,7 +132,8 @@ def _cell(value: float | None, largest: float, *, signed: bool) -> str:
     size = min(1.0, abs(value) if signed else value / largest)
     tone = "hi" if size > HIGH else "mid" if size > MID else ""
     kind = f"{tone} minus".strip() if value < 0 else tone
-    text = f"{value:.2f}" if signed else f"{100 * value:.0f}"
+    # adding zero turns -0. into 0.
+    text = f"{round(value, 2) + 0.0:.2f}" if signed else f"{100 * value:.0f}"
     return f"<td class='{kind}' style='--v:{size:.3f}'>{text}</td>"
 
 

@@ -140,7 +140,8 @@ def _layers(report: RoutingReport) -> str:
             caption="Similarity of experts, all layers together",
             columns=report.experts,
             key=markup.SIMILAR,
-        ).replace(f" data-map={markup.SIMILAR}", "", 1)
+            fixed=True,
+        )
     largest = math.log2(max(2, max(len(router.experts) for router in report.routers)))
     entropy = charts.entropy_chart(
         names,
@@ -170,7 +171,7 @@ def _one_router(report: RoutingReport) -> str:
     keys: list[tuple[str, str, Sequence[str], str]] = [
         ("domains", "Domains x experts", names, "of the routing weight of a row"),
         ("shuffled", "Domains shuffled", names, "of the routing weight of a row"),
-        ("together", "Co-activation", report.experts, "of all tokens"),
+        (markup.TOGETHER, "Co-activation", report.experts, "of all tokens"),
         (markup.SIMILAR, "Similarity", report.experts, ""),
     ]
     maps = "".join(
@@ -198,7 +199,7 @@ def _one_router(report: RoutingReport) -> str:
         edges=edges,
     )
     return (
-        "<h2 id=one>One router</h2>"
+        "<section><h2 id=one>One router</h2>"
         "<p>Co-activation is the share of tokens that two experts serve together; on its diagonal "
         "stands the share that an expert serves at all. Similarity is the cosine of the updates in "
         "the layers that this router serves.</p>"
@@ -253,7 +254,7 @@ def _tokens(report: RoutingReport) -> str:
         "<p>The start of each domain's first passage, for the router picked above. A token has the "
         "tint of its strongest expert; the strip below it is split by weight. Point at a token, or "
         "go to a text and use the arrow keys, to read its weights; press an expert to see only its "
-        f"tokens.{again}</p>{markup.expert_legend(report.experts)}{texts}"
+        f"tokens.{again}</p>{markup.expert_legend(report.experts)}{texts}</section>"
     )
 
 
@@ -362,7 +363,7 @@ def spread_out(report: RoutingReport, router: RouterReport) -> dict[str, Any]:
     return {
         "domains": [wide(row) for row in router.domain_load],
         "shuffled": [wide(row) for row in router.shuffled_load or nothing],
-        "together": square(router.coactivation),
+        markup.TOGETHER: square(router.coactivation),
         markup.SIMILAR: square(router.similarity),
         "position": [None if row is None else wide(row) for row in router.by_position],
         "order": [None if row is None else wide(row) for row in router.by_order],

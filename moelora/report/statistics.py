@@ -129,7 +129,7 @@ def shuffled_labels(
 
 
 def pair_products(
-    pairs: Sequence[tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"], float]],
+    pairs: Sequence[tuple[Tensor, Tensor, float]],
 ) -> Float[Tensor, "experts experts"]:
     """Return ``< s_i B_i A_i , s_j B_j A_j >`` for all pairs of one layer's experts, float64.
 
@@ -137,7 +137,7 @@ def pair_products(
     ``[rank, rank]``, never one of ``[out, in]``.
 
     Args:
-        pairs: A, B and scaling of each expert; ranks may differ.
+        pairs: of each expert A ``(rank, in)``, B ``(out, rank)`` and scaling; ranks may differ.
 
     Raises:
         ReportError: if the experts are of different widths.

@@ -44,12 +44,12 @@
   const fill = (figure, rows) => {
     const signed = figure.dataset.map === similar;
     const all = rows.flat().filter((value) => value !== null);
-    const top = signed ? 1 : Math.max(0.1, Math.ceil(10 * Math.max(0, ...all) - 1e-9) / 10);
+    const top = signed ? 1 : Math.max(Number(figure.dataset.least), Math.ceil(10 * Math.max(0, ...all) - 1e-9) / 10);
     [...figure.querySelectorAll("tbody tr")].forEach((line, row) =>
       [...line.querySelectorAll("td")].forEach((cell, column) => {
         const value = rows[row][column];
         const size = value === null ? 0 : Math.min(1, Math.abs(value) / top);
-        const text = value === null ? "–" : signed ? value.toFixed(2) : (100 * value).toFixed(0);
+        const text = value === null ? "–" : signed ? (Math.round(100 * value) / 100 + 0).toFixed(2) : (100 * value).toFixed(0);
         tone(cell, value, size, text);
       }));
     const end = figure.querySelector("[data-top]");
