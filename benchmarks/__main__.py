@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -95,7 +96,7 @@ def _run(arguments: argparse.Namespace) -> int:
         leak_steps=arguments.leak_steps,
         profile=arguments.profile,
     )
-    about = {
+    about: dict[str, Any] = {
         "suite": arguments.suite or "selected",
         "environment": environment(device, commit=arguments.commit),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

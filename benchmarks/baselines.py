@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import ArrowConfig, LoraConfig, PeftModel, XLoraConfig, create_arrow_model, get_peft_model
+from peft import ArrowConfig, LoraConfig, XLoraConfig, create_arrow_model, get_peft_model
 from torch import Tensor, nn
 
 from benchmarks.shapes import GPT2_LINEARS, LLAMA_LINEARS, adapted_layers
@@ -75,7 +75,7 @@ class Built:
         cached: whether it works with a KV cache.
     """
 
-    model: nn.Module
+    model: Any
     call: Callable[..., Any]
     weights: Tensor | None = None
     explicit: bool = False
@@ -89,7 +89,7 @@ class Built:
         return [p for p in self.model.parameters() if p.requires_grad]
 
 
-def build(variant: Variant, base: nn.Module, *, batch: int, tokens: int) -> Built:
+def build(variant: Variant, base: Any, *, batch: int, tokens: int) -> Built:
     """Put ``variant`` on ``base``.
 
     Args:
@@ -129,13 +129,13 @@ def sparse_weights(
     return torch.zeros_like(logits).scatter(-1, index, kept.softmax(dim=-1))
 
 
-def targets_of(base: nn.Module) -> list[str]:
+def targets_of(base: Any) -> list[str]:
     """The linears of a base model that get adapters."""
     is_gpt2 = any(name.endswith("c_attn") for name, _ in base.named_modules())
     return list(GPT2_LINEARS if is_gpt2 else LLAMA_LINEARS)
 
 
-def lora_config(variant: Variant, base: nn.Module, **fields: Any) -> LoraConfig:
+def lora_config(variant: Variant, base: Any, **fields: Any) -> LoraConfig:
     """A plain adapter."""
     return LoraConfig(
         r=variant.r,
@@ -151,30 +151,30 @@ def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def _base(_variant: Variant, base: nn.Module, _batch: int, _tokens: int) -> Built:
+def _base(_variant: Variant, base: Any, _batch: int, _tokens: int) -> Built:
     return Built(base, base)
 
 
-def _lora(variant: Variant, base: nn.Module, _batch: int, _tokens: int, **fields: Any) -> Built:
+def _lora(variant: Variant, base: Any, _batch: int, _tokens: int, **fields: Any) -> Built:
     model = get_peft_model(
-        base,  # type: ignore[arg-type]
+        base,
         lora_config(variant, base, **fields),
         autocast_adapter_dtype=variant.adapter_dtype != "base",
     )
     return Built(model, model)
 
 
-def _adapters(variant: Variant, base: nn.Module, **fields: Any) -> PeftModel:
+def _adapters(variant: Variant, base: Any, **fields: Any) -> Any:
     """Plain adapters ``0`` to ``E - 1``, all active and trainable."""
-    fields_of_call = {"autocast_adapter_dtype": variant.adapter_dtype != "base"}
-    model = get_peft_model(base, lora_config(variant, base, **fields), "e0", **fields_of_call)  # type: ignore[arg-type]
+    fields_of_call: Any = {"autocast_adapter_dtype": variant.adapter_dtype != "base"}
+    model = get_peft_model(base, lora_config(variant, base, **fields), "e0", **fields_of_call)
     for number in range(1, variant.experts):
         model.add_adapter(f"e{number}", lora_config(variant, base, **fields), **fields_of_call)
     model.base_model.set_adapter([f"e{number}" for number in range(variant.experts)])
-    return model  # type: ignore[return-value]
+    return model
 
 
-def _explicit(variant: Variant, base: nn.Module, batch: int, tokens: int, **fields: Any) -> Built:
+def _explicit(variant: Variant, base: Any, batch: int, tokens: int, **fields: Any) -> Built:
     """Plain PEFT adapters, weighted by moelora's ``routing_weights``."""
     model = _adapters(variant, base, **fields)
     weights = sparse_weights(batch, tokens, variant.experts, variant.top_k, _device(base))
@@ -190,10 +190,11 @@ def loop_forward(layer: Any, x: Tensor, *args: Any, weights: Tensor, **kwargs: A
         inputs = layer.lora_dropout[adapter](x.to(lora_a.weight.dtype))
         delta = lora_b(lora_a(inputs)) * layer.scaling[adapter]
         result = result + delta * weights[..., number : number + 1].to(delta.dtype)
-    return result.to(dtype)
+    mixed: Tensor = result.to(dtype)
+    return mixed
 
 
-def _loop(variant: Variant, base: nn.Module, batch: int, tokens: int) -> Built:
+def _loop(variant: Variant, base: Any, batch: int, tokens: int) -> Built:
     model = _adapters(variant, base)
     weights = sparse_weights(batch, tokens, variant.experts, variant.top_k, _device(base))
     for layer in adapted_layers(model).values():
@@ -201,7 +202,7 @@ def _loop(variant: Variant, base: nn.Module, batch: int, tokens: int) -> Built:
     return Built(model, model, weights)
 
 
-def _moelora(variant: Variant, base: nn.Module, batch: int, tokens: int) -> Built:
+def _moelora(variant: Variant, base: Any, batch: int, tokens: int) -> Built:
     fields: dict[str, Any] = {}
     if variant.detail in {"layer", "model"}:
         fields["router_scope"] = variant.detail
@@ -220,7 +221,7 @@ def _moelora(variant: Variant, base: nn.Module, batch: int, tokens: int) -> Buil
         **fields,
     )
     model = get_peft_model(
-        base,  # type: ignore[arg-type]
+        base,
         config,
         autocast_adapter_dtype=variant.adapter_dtype != "base",
     )
@@ -230,17 +231,17 @@ def _moelora(variant: Variant, base: nn.Module, batch: int, tokens: int) -> Buil
     return Built(model, model)
 
 
-def _save_adapter(variant: Variant, base: nn.Module, folder: str, *, count: int) -> list[str]:
+def _save_adapter(variant: Variant, base: Any, folder: str, *, count: int) -> list[str]:
     """Save ``count`` different adapters, since X-LoRA and Arrow take theirs from files only.
 
     ``base`` is as before afterwards.
     """
-    model = get_peft_model(base, lora_config(variant, base))  # type: ignore[arg-type]
+    model = get_peft_model(base, lora_config(variant, base))
     paths = []
     for number in range(count):
         draw_adapters(model)
         path = Path(folder) / str(number)
-        model.save_pretrained(path)
+        model.save_pretrained(str(path))
         paths.append(str(path))
     model.unload()
     # PEFT leaves its config behind, and warns at the next adapter
@@ -248,7 +249,7 @@ def _save_adapter(variant: Variant, base: nn.Module, folder: str, *, count: int)
     return paths
 
 
-def _xlora(variant: Variant, base: nn.Module, _batch: int, _tokens: int) -> Built:
+def _xlora(variant: Variant, base: Any, _batch: int, _tokens: int) -> Built:
     """PEFT's X-LoRA with trainable experts.
 
     Its experts must be named 0, 1, ...; more than a few different files would only cost time.
@@ -264,20 +265,20 @@ def _xlora(variant: Variant, base: nn.Module, _batch: int, _tokens: int) -> Buil
             layerwise_scalings=True,
             top_k_lora=variant.top_k if variant.top_k < variant.experts else None,
         )
-        model = get_peft_model(base, config)  # type: ignore[arg-type]
+        model = get_peft_model(base, config)
     return Built(model, model, cached=False)
 
 
-def _arrow(variant: Variant, base: nn.Module, _batch: int, _tokens: int) -> Built:
+def _arrow(variant: Variant, base: Any, _batch: int, _tokens: int) -> Built:
     """PEFT's Arrow: routes by prototypes, so nothing is trained."""
     with tempfile.TemporaryDirectory() as folder:
         paths = _save_adapter(variant, base, folder, count=variant.experts)
         config = ArrowConfig(top_k=variant.top_k, router_temperature=1.0)
-        model = create_arrow_model(base, paths, config)  # type: ignore[arg-type]
+        model = create_arrow_model(base, paths, config)
     return Built(model, model, trains=False)
 
 
-def _many_passes(variant: Variant, base: nn.Module, _batch: int, _tokens: int) -> Built:
+def _many_passes(variant: Variant, base: Any, _batch: int, _tokens: int) -> Built:
     """One pass without adapters for the router, then one whole pass per expert, logits mixed."""
     model = _adapters(variant, base)
     router = Router(base.config.hidden_size, num_experts=variant.experts, top_k=variant.top_k)

@@ -83,7 +83,8 @@ def combine_loop(x: Tensor, lora_a: Tensor, lora_b: Tensor, weights: Tensor) -> 
     for number, (a, b) in enumerate(pairs):
         delta = F.linear(F.linear(x.to(a.dtype), a), b)
         result = result + delta * weights[:, number : number + 1]
-    return result.to(x.dtype)  # type: ignore[no-any-return]
+    mixed: Tensor = result.to(x.dtype)
+    return mixed
 
 
 def options_of(variant: Variant, *, capacity: float | None) -> RouterOptions:
@@ -138,8 +139,12 @@ def check_op(variant: Variant, conditions: Conditions, problem: Problem) -> dict
     output = function_of(variant, problem, capacity=None)()[:tokens]
     found = torch.autograd.grad((output.float() * probe).sum(), list(leaves.values()))
     wide = {name: tensor.detach().double() for name, tensor in leaves.items()}
-    rows = {name: wide[name][:tokens] for name in ("x", "weights") if name in wide}
-    wide = {name: tensor.requires_grad_() for name, tensor in {**wide, **rows}.items()}
+    rows: dict[str, Tensor] = {
+        name: wide[name][:tokens] for name in ("x", "weights") if name in wide
+    }
+    wide.update(rows)
+    for tensor in wide.values():
+        tensor.requires_grad_()
     expected = _reference(variant, wide, problem.base.double())
     right = torch.autograd.grad((expected * probe.double()).sum(), list(wide.values()))
     errors = {"values": relative_error(output.detach(), expected.detach())}

@@ -17,7 +17,7 @@ from benchmarks.report import Run, groups
 _COLOURS = {"moelora": "#1f77b4", "moelora-wide": "#17becf", "lora": "#d62728", "base": "#555555"}
 _METRICS = (("wall_ms", "ms per training step"), ("peak_mib", "peak MiB above weights"))
 # the same bytes for the same numbers
-_STYLE = {"svg.hashsalt": "moelora", "svg.fonttype": "none", "font.size": 9}
+_STYLE: Any = {"svg.hashsalt": "moelora", "svg.fonttype": "none", "font.size": 9}
 
 
 @dataclass(frozen=True)

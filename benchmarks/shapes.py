@@ -46,17 +46,18 @@ class ModelShape:
         """A frozen model with random weights, the same for the same shape."""
         config = getattr(transformers, f"{self.family}Config")(**self.fields)
         name = "GPT2LMHeadModel" if self.family == "GPT2" else f"{self.family}ForCausalLM"
-        model_class = getattr(transformers, name)
+        model_class: Any = getattr(transformers, name)
         torch.manual_seed(0)
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
             with torch.device(device):
-                model: PreTrainedModel = model_class(config)
+                model: Any = model_class(config)
         finally:
             torch.set_default_dtype(before)
         # no cast: the buffers of rotary embeddings stay float32, as in a loaded model
-        return model.to(device).requires_grad_(False)
+        frozen: PreTrainedModel = model.to(device).requires_grad_(False)
+        return frozen
 
 
 def _llama(name: str, *, tied: bool, **fields: Any) -> ModelShape:

@@ -72,7 +72,7 @@ class SlowRun:
         self.losses.append(balance(probs, routing.selected_experts))
         kept = routing.routing_weights > 0
         if routing.selected_experts.shape[-1] == 1:
-            weights = probs * kept
+            weights: Tensor = probs * kept
         else:
             weights = logits.masked_fill(~kept, -1e300).softmax(dim=-1) * kept
         return weights.reshape(*x.shape[:-1], -1)
@@ -124,7 +124,8 @@ def slow_forward(layer: Any, name: str, run: SlowRun, x: Tensor, kwargs: dict[st
     """``base(x) + sum_e weight_e * scaling_e * B_e A_e x``, in float64 but for the base."""
     if layer.disable_adapters:
         kwargs.pop("scalings", None)
-        return layer.base_layer(x, **kwargs)  # type: ignore[no-any-return]
+        plain: Tensor = layer.base_layer(x, **kwargs)
+        return plain
     weights = run.weights_of(layer, name, x, kwargs)
     base: Tensor = layer.base_layer(x, **kwargs)
     result, number, wide = base.double(), 0, x.double()
@@ -151,7 +152,9 @@ def dora_update(
     norm = (weight + layer.scaling[adapter] * lora_b @ lora_a).norm(dim=1).detach()
     ratio = layer.lora_magnitude_vector[adapter].weight.double() / norm
     bias = layer.get_base_layer().bias
-    return (ratio - 1) * (base if bias is None else base - bias.double()) + ratio * delta
+    without_bias = base if bias is None else base - bias.double()
+    update: Tensor = (ratio - 1) * without_bias + ratio * delta
+    return update
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import StaticCache
 
 from benchmarks.baselines import Built, Variant, build
@@ -47,7 +47,7 @@ def checkpoint(built: Built, conditions: Conditions) -> None:
     )
 
 
-def base_model_of(model: nn.Module) -> Any:
+def base_model_of(model: Any) -> Any:
     """The transformers model inside a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -142,7 +142,7 @@ def _decode(built: Built, conditions: Conditions, device: torch.device) -> Step:
     model = base_model_of(built.model)
     length = conditions.tokens
     ids = token_ids(model.config.vocab_size, conditions.batch, length + 1, device)
-    cache = StaticCache(config=model.config, max_cache_len=length + _ROOM)
+    cache: Any = StaticCache(config=model.config, max_cache_len=length + _ROOM)
     with torch.no_grad():
         built.call(input_ids=ids[:, :length], past_key_values=cache, logits_to_keep=1)
     last = ids[:, length:].clone()

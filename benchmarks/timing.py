@@ -238,7 +238,7 @@ def _profiled(step: Step) -> Sequence[Any]:
 
 def _is_kernel(event: Any) -> bool:
     """Whether an event is work of the device, not a range that someone marked."""
-    on_device = event.device_type == torch.autograd.DeviceType.CUDA
+    on_device = event.device_type.name == "CUDA"
     return on_device and not getattr(event, "is_user_annotation", False)
 
 
@@ -262,7 +262,7 @@ def kernel_profile(step: Step, *, top: int = 0) -> tuple[dict[str, float], list[
             times.setdefault(event.name, []).append(event.self_device_time_total / 1e3)
         elif _is_launch(event.name):
             launches += 1
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"kernel": name[:120], "calls": len(found), "ms": round(sum(found), 4)}
         for name, found in times.items()
     ]
