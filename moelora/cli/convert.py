@@ -9,7 +9,7 @@ from typing import Any
 
 DESCRIPTION = """\
 Turn a checkpoint that DyLoRA-MoE's own code saved into moelora's: each expert a plain PEFT adapter,
-the router beside them. Values are copied to the bit; the old folder is not changed, and nothing in
+the router beside them, copied to the bit; the old folder is not changed, and nothing in
 it is run. The new folder appears whole or not at all."""
 
 

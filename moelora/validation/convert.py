@@ -15,11 +15,11 @@ from moelora.adapter_folder import read_shapes
 from moelora.errors import CheckpointError
 from moelora.new_folder import new_folder
 from moelora.router_file import ATTACHED, read_router_file, write_router_file
+from moelora.skill_library import SKILL_LIBRARY_FILE, SkillLibrary
 from moelora.validation.old_checkpoint import OldCheckpoint, read_old_checkpoint
 from moelora.validation.old_experts import OldExpert
 
 METADATA_FILE = "conversion.json"
-SKILLS_FILE = "skill_library.safetensors"
 HEAD_FILE = "lm_head.safetensors"
 UNKNOWN_ROUTER_FILE = "router_original.safetensors"
 _ROUTER_NOTE = (
@@ -61,8 +61,8 @@ def convert_checkpoint(
     """Write an old checkpoint of DyLoRA-MoE as moelora reads it.
 
     Each expert becomes a plain PEFT adapter in a folder of its name, the router
-    ``router.safetensors`` above them, the skills ``skill_library.safetensors``. Values are copied
-    to the bit. Nothing of the old checkpoint is run or changed.
+    ``router.safetensors`` above them, the skills a :class:`~moelora.SkillLibrary` of directions.
+    Adapters and router are copied to the bit. Nothing of the old checkpoint is run or changed.
 
     Args:
         old: ``checkpoint-<n>``, ``best_model``, or the folder above it.
@@ -73,6 +73,7 @@ def convert_checkpoint(
     Raises:
         CheckpointError: if the old checkpoint is damaged, refused or contradicts itself, or ``out``
             cannot be written.
+        SkillError: if a skill's embedding has no direction.
 
     Example:
         >>> convert_checkpoint("results/checkpoint-500", "experts")  # doctest: +SKIP
@@ -161,7 +162,11 @@ def _write_router(folder: Path, checkpoint: OldCheckpoint, notes: list[str]) -> 
 def _write_skills(folder: Path, checkpoint: OldCheckpoint) -> int | None:
     if checkpoint.skills is None:
         return None
-    save_file(_plain(checkpoint.skills), folder / SKILLS_FILE, metadata={"format": "pt"})
+    library = SkillLibrary()
+    for name, embedding in checkpoint.skills.items():
+        # only directions count, for upstream's cosine too
+        library.add_skill(name, embedding.float(), metadata={"expert": name})
+    library.save(folder / SKILL_LIBRARY_FILE)
     return len(checkpoint.skills)
 
 

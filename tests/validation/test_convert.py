@@ -12,8 +12,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from moelora.errors import CheckpointError
+from moelora import ExpertManager
+from moelora.errors import CheckpointError, SkillError
 from moelora.gate_router import GateRouter
+from moelora.skill_library import SkillLibrary
 from moelora.validation.convert import Conversion, convert_checkpoint
 from tests.validation.old_checkpoints import LAYOUTS, OldGate, old_gate, old_model, save_old
 from tests.validation.tiny import VOCABULARY, tiny_base, tiny_gpt2
@@ -91,7 +93,11 @@ def test_the_folder_holds_adapters_router_skills_and_where_they_came_from(
         "router.safetensors",
         "skill_library.safetensors",
     ]
-    assert load_file(new / "skill_library.safetensors").keys() == set(NAMES)
+    library = SkillLibrary.load(new)
+    assert library.names == NAMES
+    assert library.metadata("expert_1") == {"expert": "expert_1"}
+    embedding = torch.load(old / "skill_library.pt", weights_only=True)[1]
+    torch.testing.assert_close(library.embedding("expert_1"), embedding / embedding.norm())
     content = json.loads((new / "conversion.json").read_text())
     source = "peft_adapters/expert_0/expert_0/adapter_model.safetensors"
     digest = hashlib.sha256((old / source).read_bytes()).hexdigest()
@@ -179,3 +185,25 @@ def test_a_conversion_tells_what_it_did(model: Any, tmp_path: Path) -> None:
     assert isinstance(conversion, Conversion)
     assert any("all experts were active and summed" in note for note in conversion.notes)
     assert any("all are taken as mature" in note for note in conversion.notes)
+
+
+def test_a_skill_without_direction_is_refused(model: Any, tmp_path: Path) -> None:
+    old = save_old(tmp_path / "old", model)
+    torch.save({0: torch.zeros(32)}, old / "skill_library.pt")
+    with pytest.raises(SkillError, match="An embedding"):
+        convert_checkpoint(old, tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_an_expert_manager_takes_the_new_folder_over(
+    model: Any, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    gate = old_gate()
+    old = save_old(tmp_path / "old", model, router="pt", gate=gate)
+    convert_checkpoint(old, tmp_path / "new")
+    manager = ExpertManager.load(tiny_base(), tmp_path / "new")
+    assert manager.get_all_adapter_names() == NAMES
+    loaded = manager.model.eval()
+    torch.testing.assert_close(
+        two_passes(loaded, loaded.router, tokens), two_passes(model, gate, tokens)
+    )
