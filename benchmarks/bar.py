@@ -173,8 +173,22 @@ def number(metrics: dict[str, Any], name: str) -> float | None:
     return None if value is None else float(value)
 
 
-def value_of(aim: Aim, runs: Sequence[dict[str, Any]]) -> tuple[float, dict[str, Any]] | None:
-    """An aim's value in the newest run that holds both cases, with that run; None if none does."""
+@dataclass(frozen=True)
+class Value:
+    """What an aim came to: its two numbers, and the run they are from."""
+
+    above: float
+    below: float
+    run: dict[str, Any]
+
+    @property
+    def quotient(self) -> float:
+        """The figure."""
+        return self.above / self.below
+
+
+def value_of(aim: Aim, runs: Sequence[dict[str, Any]]) -> Value | None:
+    """An aim's value in the newest run that holds both cases; None if none does."""
     for run in runs:
         found = {
             result["case"]: number(result["metrics"], aim.metric)
@@ -183,5 +197,5 @@ def value_of(aim: Aim, runs: Sequence[dict[str, Any]]) -> tuple[float, dict[str,
         }
         above, below = (found.get(name) for name in aim.cases)
         if above is not None and below:
-            return above / below, run
+            return Value(above, below, run)
     return None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bar import AIMS, number, value_of
-from benchmarks.cases import UnknownNameError
+from benchmarks.cases import MIXTURE, UnknownNameError
 from benchmarks.environment import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -71,12 +71,20 @@ def bar_table(runs: Sequence[Run]) -> str:
         sign = "≥" if aim.at_least else "≤"
         found = value_of(aim, runs)
         if found is None:
-            rows.append([aim.figure, f"{sign} {aim.bound:g}", _NOT_MEASURED, ""])
+            rows.append([aim.figure, f"{sign} {aim.bound:g}", _NOT_MEASURED, "", ""])
             continue
-        value, _ = found
-        verdict = "yes" if aim.reached(value) else "**no**"
-        rows.append([aim.figure, f"{sign} {aim.bound:g}", f"{value:.2f}", verdict])
-    return markdown(["figure", "to reach", "measured", "reached"], rows)
+        verdict = "yes" if aim.reached(found.quotient) else "**no**"
+        medians = f"{shown(found.above)} / {shown(found.below)} {_unit(aim.metric)}"
+        rows.append(
+            [aim.figure, f"{sign} {aim.bound:g}", f"{found.quotient:.2f}", verdict, medians]
+        )
+    return markdown(["figure", "to reach", "measured", "reached", "medians"], rows)
+
+
+def _unit(metric: str) -> str:
+    if metric.endswith("_mib"):
+        return "MiB"
+    return "us" if "_us" in metric else "ms"
 
 
 def groups(runs: Sequence[Run]) -> dict[str, tuple[list[dict[str, Any]], Run]]:
@@ -180,6 +188,21 @@ def leak_table(members: Sequence[dict[str, Any]]) -> str:
     return markdown(["variant", "steps", "bytes grown", "tensors grown"], rows)
 
 
+def profiles(runs: Sequence[Run]) -> str:
+    """Where the time of each profiled step of a default mixture goes."""
+    parts = []
+    for members, _ in groups(runs).values():
+        for result in members:
+            if result["variant"] != MIXTURE.name or not result.get("kernels"):
+                continue
+            rows = [
+                [f"`{row['kernel'][:80]}`", str(row["calls"]), shown(row["ms"])]
+                for row in result["kernels"]
+            ]
+            parts.append(f"`{result['case']}`\n\n{markdown(['kernel', 'calls', 'ms'], rows)}")
+    return "\n\n".join(parts) if parts else _NOT_MEASURED.capitalize() + "."
+
+
 def failures_table(runs: Sequence[Run]) -> str:
     """What did not run, or ran and was wrong, in the runs that the tables come from."""
     rows = [
@@ -253,6 +276,7 @@ def tables_of(runs: Sequence[Run]) -> dict[str, str]:
         "bar": bar_table(runs),
         **{name: section(runs, kinds, on_cpu=False) for name, kinds in _SECTIONS.items()},
         "cpu": section(runs, every_kind, on_cpu=True),
+        "profiles": profiles(runs),
         "pictures": pictures(),
         "failures": failures_table(runs),
         "environments": environments_table(runs),

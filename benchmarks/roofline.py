@@ -48,10 +48,11 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
         torch.randn(size, size, generator=generator, device=device, dtype=torch.float32).to(dtype)
         for _ in range(2)
     )
-    source = torch.zeros(2**30 if large else 2**26, dtype=torch.int8, device=device)
+    source = torch.zeros(2**30 if large else 2**24, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     steps = [Step(lambda: torch.mm(a, b)), Step(lambda: target.copy_(source))]
-    found = time_steps(steps, device, Effort(warmup=3, least=5, most=30, seconds=2.0))
+    effort = Effort(warmup=3, least=5, most=30, seconds=2.0 if large else 0.2)
+    found = time_steps(steps, device, effort)
     clock = "events_ms" if large else "wall_ms"
     product, copy = (metrics[clock]["p50"] / 1e3 for metrics in found)
     return Ceilings(flops=2 * size**3 / product, bandwidth=2 * source.numel() / copy)

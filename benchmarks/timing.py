@@ -267,7 +267,9 @@ def kernel_profile(step: Step, *, top: int = 0) -> tuple[dict[str, float], list[
         for name, found in times.items()
     ]
     total = sum(map(sum, times.values()))
-    metrics = {"kernels_ms": total / step.repeats, "launches": launches / step.repeats}
+    metrics = {"launches": launches / step.repeats}
+    if times:
+        metrics["kernels_ms"] = total / step.repeats
     return metrics, sorted(rows, key=lambda row: -row["ms"])[:top]
 
 

@@ -68,9 +68,10 @@ STEP = run_of(
 
 def test_an_aim_is_the_quotient_of_two_medians_of_one_run() -> None:
     aim = Aim("a figure", TRAIN_GRAPH, MIXTURE, LORA, 0.65)
-    value, run = value_of(aim, [STEP])  # type: ignore[misc]
-    assert value == pytest.approx(0.6)
-    assert run is STEP
+    value = value_of(aim, [STEP])
+    assert value is not None
+    assert (value.above, value.below, value.quotient) == (60.0, 100.0, pytest.approx(0.6))
+    assert value.run is STEP
     assert aim.reached(0.65)
     assert not aim.reached(0.66)
 
@@ -85,8 +86,9 @@ def test_cases_of_different_runs_are_not_compared() -> None:
     alone = run_of(timed(TRAIN_GRAPH, MIXTURE, 1.0), time="2026-02-02T00:00:00Z")
     aim = Aim("a figure", TRAIN_GRAPH, MIXTURE, LORA, 0.65)
     assert value_of(aim, [alone]) is None
-    value, run = value_of(aim, [alone, STEP])  # type: ignore[misc]
-    assert (value, run) == (pytest.approx(0.6), STEP)
+    value = value_of(aim, [alone, STEP])
+    assert value is not None
+    assert (value.quotient, value.run) == (pytest.approx(0.6), STEP)
 
 
 def test_a_result_that_was_wrong_counts_nowhere() -> None:
@@ -100,9 +102,12 @@ def test_the_table_of_aims_says_reached_not_reached_and_not_measured() -> None:
     lines = tables_of([STEP])["bar"].splitlines()
     assert len(lines) == 2 + len(AIMS)
     assert lines[2] == (
-        "| training step, 1B, 4096 tokens, CUDA graph / one PEFT LoRA | ≤ 0.65 | 0.60 | yes |"
+        "| training step, 1B, 4096 tokens, CUDA graph / one PEFT LoRA | ≤ 0.65 | 0.60 | yes "
+        "| 60.0 / 100 ms |"
     )
-    assert "| training step, 1B, CUDA graph: E = 64 / E = 8 | ≤ 1.2 | 1.50 | **no** |" in lines
+    assert (
+        "| training step, 1B, CUDA graph: E = 64 / E = 8 | ≤ 1.2 | 1.50 | **no** | 90.0 / 60.0 ms |"
+    ) in lines
     assert sum("not measured" in line for line in lines) == len(AIMS) - 3
 
 
@@ -167,6 +172,14 @@ def test_ops_hosts_and_leaks_have_tables_of_their_own() -> None:
     assert "| lora-r16 | 200 | 64 | 0 |" in tables["leaks"]
 
 
+def test_profiled_steps_of_the_default_mixture_list_their_kernels() -> None:
+    profiled = timed(TRAIN_GRAPH, MIXTURE, 60.0)
+    profiled["kernels"] = [{"kernel": "gemm<bf16>", "calls": 3, "ms": 1.25}]
+    table = tables_of([run_of(profiled)])["profiles"]
+    assert table.endswith("| `gemm<bf16>` | 3 | 1.25 |")
+    assert tables_of([STEP])["profiles"] == "Not measured."
+
+
 def test_only_the_text_between_markers_is_made_anew() -> None:
     text = "a\n<!-- benchmarks:begin -->\nold\n<!-- benchmarks:end -->\nb\n"
     new = updated(text, [STEP])
@@ -191,7 +204,7 @@ def test_documents_are_rewritten_only_when_asked(
     assert update_files([STEP], write=False) == [path]
     assert "0.60" not in path.read_text()
     assert update_files([STEP], write=True) == [path]
-    assert "| 0.60 | yes |" in path.read_text()
+    assert "| 0.60 | yes | 60.0" in path.read_text()
     assert update_files([STEP], write=True) == []
 
 
