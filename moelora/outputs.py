@@ -20,13 +20,15 @@ def with_aux_loss(output: Any, aux_loss: Tensor) -> Any:
     """
     if not isinstance(output, dict):
         return output
-    cls: Any = type(output)
     if not _is_model_output(output):
         return {**output, "aux_loss": aux_loss}
-    if any(f.name == "aux_loss" for f in fields(cls)):
+    # of the instance, since a traced forward knows no fields of classes
+    instance: Any = output
+    if any(f.name == "aux_loss" for f in fields(instance)):
         own = output.get("aux_loss")
         output["aux_loss"] = aux_loss if own is None else own + aux_loss.to(own.device)
         return output
+    cls: Any = type(output)
     return output_class(cls)(**dict(output), aux_loss=aux_loss)
 
 
