@@ -322,7 +322,12 @@ def _place(locate: Locator, name: str) -> Locator:
 
 def _saved_experts(locate: Locator) -> dict[str, ExpertRecord]:
     """The experts of a folder in routing order, with what is known of them."""
-    path = locate(EXPERTS_FILE)
+    try:
+        path = locate(EXPERTS_FILE)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{locate.where} is no folder here, and not to be had from the hub: {error}"
+        ) from error
     if path is not None:
         return read_records(path)
     router = locate(ROUTER_FILE)
