@@ -28,6 +28,8 @@ DOTS_PER_INCH = 110
 ACCENT = "#0072B2"
 TEXT_TURNS_WHITE = 0.55
 MOST_NUMBERS = 200
+#: Layers whose loads can be read in the small map of the overview.
+ROWS_WITH_NUMBERS = 14
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 10,
@@ -95,15 +97,17 @@ def overview(report: RoutingReport) -> Figure:
                 key=lambda r: 0.0 if r.information is None else r.information.observed,
             )
         experts = [report.experts[e] for e in clearest.experts]
-        _heat(left, clearest.domain_load, names, experts)
+        shuffled = clearest.shuffled_load or []
+        _heat(left, clearest.domain_load, names, experts, beside=shuffled)
         left.set_title(f"Domains x experts\n{_short(clearest.label, 34)}")
         if clearest.shuffled_load is None:
             _heat(middle, clearest.coactivation, experts, experts)
             middle.set_title("Co-activation")
         else:
-            _heat(middle, clearest.shuffled_load, [""] * len(names), experts)
+            empty = [""] * len(names)
+            _heat(middle, shuffled, empty, experts, beside=clearest.domain_load)
             middle.set_title("The same router,\ndomains shuffled")
-        _layer_heat(right, report)
+        _layer_heat(right, report, numbers=len(report.layers) <= ROWS_WITH_NUMBERS)
         if report.information is None:
             _draw_entropy(bottom.subplots(), report)
         else:
@@ -113,14 +117,15 @@ def overview(report: RoutingReport) -> Figure:
 
 def _domains(report: RoutingReport) -> Figure:
     names = [_short(domain.name) for domain in report.domains]
-    maps = [(report.domain_load, "Domains x experts")]
+    shuffled = report.shuffled_load or []
+    maps = [(report.domain_load, shuffled, "Domains x experts")]
     if report.shuffled_load is not None:
-        maps.append((report.shuffled_load, "Domains shuffled"))
+        maps.append((shuffled, report.domain_load, "Domains shuffled"))
     figure = _figure(5.0 * len(maps), 1.6 + 0.4 * len(names))
-    for axes, (loads, title) in zip(
+    for axes, (loads, beside, title) in zip(
         figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True
     ):
-        image = _heat(axes, loads, names, report.experts)
+        image = _heat(axes, loads, names, report.experts, beside=beside)
         axes.set_title(title)
         figure.colorbar(image, ax=axes, label="% of a row", shrink=0.8)
     return figure
@@ -148,8 +153,7 @@ def _draw_information(axes: Axes, report: RoutingReport) -> None:
     _layer_ticks(axes, report)
     axes.set_ylabel("bits")
     axes.set_title("What the domain says about the expert")
-    axes.legend(frameon=False, loc="upper right")
-    axes.margins(y=0.25)
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
 
 
 def _layers(report: RoutingReport) -> Figure:
@@ -160,9 +164,10 @@ def _layers(report: RoutingReport) -> Figure:
     return figure
 
 
-def _layer_heat(axes: Axes, report: RoutingReport) -> AxesImage:
+def _layer_heat(axes: Axes, report: RoutingReport, *, numbers: bool = True) -> AxesImage:
     names = [_short(layer.name) for layer in report.layers]
-    image = _heat(axes, [layer.load for layer in report.layers], names, report.experts)
+    loads = [layer.load for layer in report.layers]
+    image = _heat(axes, loads, names, report.experts, numbers=numbers)
     every = max(1, len(names) // 10)
     axes.set_yticks(range(0, len(names), every), names[::every])
     axes.set_ylabel("layer")
@@ -265,10 +270,12 @@ def _heat(
     columns: Sequence[str],
     *,
     signed: bool = False,
+    numbers: bool = True,
+    beside: Sequence[Sequence[float | None]] = (),
 ) -> AxesImage:
     factor = 1 if signed else 100
     table = [[math.nan if v is None else factor * v for v in row] for row in values]
-    flat = [v for row in table for v in row if not math.isnan(v)]
+    flat = [factor * v for row in (*values, *beside) for v in row if v is not None]
     top = 1 if signed else max(10.0, 10 * math.ceil(max(flat, default=0.0) / 10 - 1e-9))
     image = axes.imshow(
         table,
@@ -288,7 +295,7 @@ def _heat(
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    if len(table) * len(table[0]) <= MOST_NUMBERS:
+    if numbers and len(table) * len(table[0]) <= MOST_NUMBERS:
         for y, row in enumerate(table):
             for x, value in enumerate(row):
                 if not math.isnan(value):

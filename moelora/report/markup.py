@@ -71,6 +71,7 @@ def heat_map(
     key: str = "",
     of: str = "of the routing weight of a row",
     fixed: bool = False,
+    beside: Sequence[Sequence[float | None]] = (),
 ) -> str:
     """Return shares as a coloured table with the numbers in percent, and the scale below it.
 
@@ -84,13 +85,14 @@ def heat_map(
         key: what the page's script fills the table with when another router is picked.
         of: what the shares are shares of.
         fixed: whatever router is picked.
+        beside: a map that is compared with this one, and so shares its scale.
     """
     signed = key == SIMILAR
     names = columns or [f"E{column}" for column in range(len(values[0]))]
     heads = "".join(f"<th scope=col title='{escape(n)}'>{escape(n)}</th>" for n in names)
     # an even share lies in the middle of the scale
     least = 0.1 if key == TOGETHER else min(1.0, 2 / len(names))
-    largest = scale_end(values, least=least)
+    largest = scale_end([*values, *beside], least=least)
     body = "".join(
         f"<tr><th scope=row title='{escape(name)}'>{escape(name)}</th>"
         f"{''.join(_cell(value, largest, signed=signed) for value in row)}</tr>"

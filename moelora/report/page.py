@@ -90,7 +90,11 @@ def _notes(report: RoutingReport) -> str:
 def _domains(report: RoutingReport) -> str:
     names = [domain.name for domain in report.domains]
     maps = markup.heat_map(
-        report.domain_load, names, caption="Domains x experts", columns=report.experts
+        report.domain_load,
+        names,
+        caption="Domains x experts",
+        columns=report.experts,
+        beside=report.shuffled_load or (),
     )
     if report.shuffled_load is not None:
         maps += markup.heat_map(
@@ -98,6 +102,7 @@ def _domains(report: RoutingReport) -> str:
             names,
             caption="The same passages, domains shuffled",
             columns=report.experts,
+            beside=report.domain_load,
         )
     several = f" {OWN_NUMBERS}" if len(report.routers) > 1 else ""
     return (
@@ -168,6 +173,7 @@ def _one_router(report: RoutingReport) -> str:
     router = report.routers[report.shown[_first(report)]]
     spread = spread_out(report, router)
     names = [domain.name for domain in report.domains]
+    beside = {"domains": "shuffled", "shuffled": "domains"}
     keys: list[tuple[str, str, Sequence[str], str]] = [
         ("domains", "Domains x experts", names, "of the routing weight of a row"),
         ("shuffled", "Domains shuffled", names, "of the routing weight of a row"),
@@ -175,7 +181,15 @@ def _one_router(report: RoutingReport) -> str:
         (markup.SIMILAR, "Similarity", report.experts, ""),
     ]
     maps = "".join(
-        markup.heat_map(spread[key], rows, caption=caption, columns=report.experts, key=key, of=of)
+        markup.heat_map(
+            spread[key],
+            rows,
+            caption=caption,
+            columns=report.experts,
+            key=key,
+            of=of,
+            beside=spread[beside[key]] if key in beside else (),
+        )
         for key, caption, rows, of in keys
         if any(value is not None for row in spread[key] for value in row)
         or (key == markup.SIMILAR and report.similarity is not None)

@@ -13,6 +13,8 @@ from moelora.report.results import TrainingLoads
 
 #: Keys of single experts in a flat log: ``expert_load/0``, ``moe/load_1`` ...
 _KEY = re.compile(r"(?:.*/)?(?:expert_)?load[/_](\d{1,4})")
+#: Keys of single experts of single routers, as :class:`moelora.MoETrainerCallback` logs them.
+_ROUTER_KEY = re.compile(r"(?:.*/)?load/(.*[^/\d].*)/(\d{1,4})")
 _FIELDS = ("expert_load", "expert_loads", "loads", "load")
 
 
@@ -23,7 +25,8 @@ def read_training_loads(path: "str | os.PathLike[str]", *, experts: int) -> Trai
     without loads are passed over; the others hold a ``step`` and either ``expert_load`` (also
     ``expert_loads``, ``loads``, ``load``): one number per expert, or such a list by name
     of a router, whose mean is taken; or one number per key ``expert_load/0``,
-    ``expert_load/1`` ... Each step's loads are divided by their sum.
+    ``expert_load/1`` ..., or per router ``moe/load/<layer>/0`` ... as
+    :class:`~moelora.MoETrainerCallback` logs them. Each step's loads are divided by their sum.
 
     Args:
         path: of the log.
@@ -84,18 +87,31 @@ def _load(record: dict[str, Any], where: str) -> list[float] | None:
     for name in _FIELDS:
         value = record.get(name)
         if isinstance(value, dict) and value:
-            rows = [_normalised(one, where) for one in value.values()]
-            if len(set(map(len, rows))) != 1:
-                raise ReportError(f"{where}: routers of different sizes have no mean load.")
-            return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+            return _mean([_normalised(one, where) for one in value.values()], where)
         if isinstance(value, list):
             return _normalised(value, where)
-    flat = {int(match[1]): record[key] for key in record if (match := _KEY.fullmatch(key))}
-    if not flat:
-        return None
+    flat: dict[str, dict[int, Any]] = {}
+    for key, value in record.items():
+        if match := _KEY.fullmatch(key):
+            flat.setdefault("", {})[int(match[1])] = value
+        elif match := _ROUTER_KEY.fullmatch(key):
+            flat.setdefault(match[1], {})[int(match[2])] = value
+    return _mean([_in_order(loads, where) for loads in flat.values()], where)
+
+
+def _in_order(flat: dict[int, Any], where: str) -> list[float]:
     if sorted(flat) != list(range(len(flat))):
         raise ReportError(f"{where}: has loads of the experts {sorted(flat)}, some are missing.")
     return _normalised([flat[expert] for expert in range(len(flat))], where)
+
+
+def _mean(rows: list[list[float]], where: str) -> list[float] | None:
+    """The mean over routers; None without any."""
+    if not rows:
+        return None
+    if len(set(map(len, rows))) != 1:
+        raise ReportError(f"{where}: routers of different sizes have no mean load.")
+    return [round(sum(column) / len(rows), 6) for column in zip(*rows, strict=True)]
 
 
 def _normalised(values: Any, where: str) -> list[float]:

@@ -27,6 +27,17 @@ RECORDS = {
         {"step": 1, "loads": {"a": [0, 1], "b": [0.5, 0.5]}},
         {"step": 5, "loads": {"a": [1, 0], "b": [0, 1]}},
     ],
+    "of the callback": [
+        {
+            "step": 1,
+            "moe/load/model.layers.0.q_proj/0": 0.5,
+            "moe/load/model.layers.0.q_proj/1": 0.5,
+            "moe/load/model.layers.1.q_proj/0": 0.0,
+            "moe/load/model.layers.1.q_proj/1": 1.0,
+            "moe/load_max": 1.0,
+        },
+        {"step": 5, "moe/load/model/0": 0.1, "moe/load/model/1": 0.1, "moe/entropy/model": 1.0},
+    ],
     "flat": [
         {"step": 1, "moe/expert_load/0": 1, "moe/expert_load/1": 3},
         {"step": 5, "load_0": 2, "load_1": 2},

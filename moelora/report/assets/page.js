@@ -41,9 +41,12 @@
     cell.textContent = text;
   };
 
-  const fill = (figure, rows) => {
+  // maps that are compared share their scale
+  const beside = { domains: "shuffled", shuffled: "domains" };
+
+  const fill = (figure, rows, other) => {
     const signed = figure.dataset.map === similar;
-    const all = rows.flat().filter((value) => value !== null);
+    const all = [...rows, ...(other ?? [])].flat().filter((value) => value !== null);
     const top = signed ? 1 : Math.max(Number(figure.dataset.least), Math.ceil(10 * Math.max(0, ...all) - 1e-9) / 10);
     [...figure.querySelectorAll("tbody tr")].forEach((line, row) =>
       [...line.querySelectorAll("td")].forEach((cell, column) => {
@@ -93,7 +96,7 @@
     if (!routers) return;
     document.querySelectorAll("[data-map]").forEach((figure) => {
       const rows = routers[router][figure.dataset.map];
-      if (rows) fill(figure, rows);
+      if (rows) fill(figure, rows, routers[router][beside[figure.dataset.map]]);
     });
     document.querySelectorAll("[data-stack]").forEach((chart) =>
       stack(chart, routers[router][chart.dataset.stack]));
