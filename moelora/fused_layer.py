@@ -11,12 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from moelora.decision import MixtureSpec, report
-from moelora.ops import combine_linear, explain, routed_linear, routed_linear_inference
-from moelora.ops.options import RouterOptions
-from moelora.router import ModuleRouter
-from moelora.routing import Routing
-from moelora.scope import Frame, RoutingScope, TapeEntry
+from moelora.ops import combine_linear
 
 
 class FrozenLinear(NamedTuple):
@@ -39,7 +34,7 @@ def fusable(layer: Any, x: Tensor, adapters: list[str]) -> FrozenLinear | None:
     kind = type(base)
     if (kind is not nn.Linear and kind is not Conv1D) or type(x) is not Tensor:
         return None
-    if _is_traced(x) or not _is_bare(base):
+    if is_traced(x) or not is_bare(base):
         return None
     weight, bias = base.weight, base.bias
     if not (_is_frozen(weight, x) and (bias is None or _is_frozen(bias, x))):
@@ -50,7 +45,7 @@ def fusable(layer: Any, x: Tensor, adapters: list[str]) -> FrozenLinear | None:
     return FrozenLinear(weight, bias, kind is Conv1D)
 
 
-def _is_traced(x: Tensor) -> bool:
+def is_traced(x: Tensor) -> bool:
     """Whether something watches single operations, or changes what they mean."""
     return (
         torch.compiler.is_compiling()
@@ -64,10 +59,11 @@ def _is_traced(x: Tensor) -> bool:
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether using the weight is the same as calling the module (no hooks, no wrapper)."""
-    return type(module) is nn.Linear and _is_bare(module)
+    return type(module) is nn.Linear and is_bare(module)
 
 
-def _is_bare(module: nn.Module) -> bool:
+def is_bare(module: nn.Module) -> bool:
+    """Whether a module's call is its forward and nothing else: no hook, no wrapper."""
     return not (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -94,7 +90,7 @@ def _is_plain_pair(layer: Any, adapter: str, x: Tensor) -> bool:
     if not (is_plain_linear(lora_a) and is_plain_linear(lora_b)) or lora_b.bias is not None:
         return False
     dropout = layer.lora_dropout[adapter]
-    if not (type(dropout) is nn.Identity or not dropout.training) or not _is_bare(dropout):
+    if not (type(dropout) is nn.Identity or not dropout.training) or not is_bare(dropout):
         return False
     same = lora_a.weight.dtype == x.dtype and lora_b.weight.dtype == x.dtype
     # float32 parameters beside a bfloat16 model: products in bfloat16 with float32 sums cost less
@@ -123,7 +119,7 @@ def combine(
     for (lora_a, _), (name, weights) in zip(pairs, weight_of.items(), strict=True):
         if weights is None:
             weights = x.new_ones(1, dtype=torch.promote_types(x.dtype, torch.float32))
-        wide = torch.promote_types(weights.dtype, torch.float32)
+        wide = torch.promote_types(torch.promote_types(weights.dtype, x.dtype), torch.float32)
         scaled = weights.to(wide) * layer.scaling[name]
         number = scaled.shape[-1]
         columns.append(scaled.expand(*lead, number).reshape(lead.numel(), number))
@@ -138,108 +134,3 @@ def combine(
     lora_b = torch.cat([b for _, b in pairs], dim=1)
     weights = torch.cat(columns, dim=-1)
     return combine_linear(x, *base[:2], lora_a, lora_b, weights, is_conv1d=base.is_conv1d)
-
-
-def routes_in_one_op(
-    layer: Any, x: Tensor, adapters: list[str], spec: MixtureSpec | None, scope: Any
-) -> bool:
-    """Whether the kernels can decide this layer's routing themselves."""
-    if spec is None or len(adapters) != 1 or not (spec.routed and spec.has_router):
-        return False
-    if spec.router_scope != "module" or spec.num_experts == 1:
-        return False
-    router = layer.lora_router[adapters[0]]
-    if type(router) is not ModuleRouter or not _is_bare(router):
-        return False
-    if router.hidden_weight is not None or (layer.training and spec.expert_dropout > 0):
-        return False
-    if scope is not None and any(getattr(r, "keep_graph", True) for r in scope.recorders):
-        return False
-    rank = layer.lora_A[adapters[0]].weight.shape[0] // spec.num_experts
-    return (
-        explain(
-            device=x.device,
-            dtype=x.dtype,
-            num_experts=spec.num_experts,
-            top_k=spec.top_k,
-            rank=rank,
-        ).backend
-        == "triton"
-    )
-
-
-def route(
-    layer: Any,
-    adapter: str,
-    x: Tensor,
-    base: FrozenLinear,
-    *,
-    spec: MixtureSpec,
-    name: str,
-    scope: RoutingScope | None,
-    frame: Frame | None,
-    token_mask: Tensor | None,
-) -> Tensor:
-    """The layer routed by its own router in the kernels, its decision reported.
-
-    Args:
-        layer: a LoRA layer for which :func:`fusable` and :func:`routes_in_one_op` hold.
-        adapter: the mixture.
-        x: ``(*lead, d_in)``.
-        base: what :func:`fusable` found.
-        spec: the mixture's routing.
-        name: the layer's name.
-        scope: the model's routing scope.
-        frame: the current forward.
-        token_mask: ``(tokens,)`` True for real tokens, or None.
-    """
-    router = layer.lora_router[adapter]
-    training = layer.training
-    tape = None if frame is None else frame.tape
-    takes = tape is not None and tape.takes(training=training, coefficient=spec.aux_loss_coef)
-    looked_at = scope is not None and bool(scope.recorders)
-    options = RouterOptions(
-        spec.num_experts,
-        spec.top_k,
-        spec.temperature,
-        layer.scaling[adapter],
-        spec.capacity_factor if training else None,
-        statistics=takes,
-    )
-    tensors = (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, router.weight)
-    if training or takes or torch.is_grad_enabled():
-        result = routed_linear(
-            x, *base[:2], *tensors, options=options, token_mask=token_mask, mature=router.mature,
-            is_conv1d=base.is_conv1d,
-        )  # fmt: skip
-    else:
-        result = routed_linear_inference(
-            x, *base[:2], *tensors, options=options, mature=router.mature,
-            is_conv1d=base.is_conv1d, record=looked_at,
-        )  # fmt: skip
-    if scope is None:
-        return result.output
-    routing = None
-    if looked_at or (takes and tape is not None and tape.observed):
-        routing = _routing(result.router_logits, result.routing_weights, spec.top_k)
-        for recorder in scope.recorders:
-            recorder.add(name, routing)
-    if not takes or tape is None or frame is None or result.statistics is None:
-        return result.output
-    entry = TapeEntry(
-        layer_name=name,
-        routing=routing,
-        token_mask=token_mask,
-        loss_type=spec.loss_type,
-        coefficient=spec.aux_loss_coef,
-        router_is_trainable=router.weight.requires_grad,
-        checkpointed=frame.checkpointed,
-        statistics=(result.statistics, spec.num_experts),
-        over_ranks=training and spec.balance_over_ranks,
-    )
-    return report(result.output, entry, tape)
-
-
-def _routing(logits: Any, weights: Any, top_k: int) -> Routing:
-    """The decision that the kernels made, for those who look at it."""
-    return Routing(logits, logits.softmax(dim=-1), weights, logits.topk(top_k, dim=-1).indices)

@@ -14,9 +14,10 @@ from moelora import _peft
 from moelora.alignment import align_routing_weights, check_routing_weights
 from moelora.decision import MixtureSpec, consecutive_columns, decide
 from moelora.errors import RoutingWeightsError, UnsupportedLayerError
-from moelora.fused_layer import combine, fusable, is_plain_linear, route, routes_in_one_op
+from moelora.fused_layer import combine, fusable, is_plain_linear
 from moelora.ops import lora_combine, mix_ranks
 from moelora.places import reads_position_pairs
+from moelora.routed_layer import plan_of
 from moelora.routing import Routing
 from moelora.scope import Frame, LayerBinding, SharedRouting
 
@@ -70,6 +71,12 @@ def routed_forward(original: Any, layer: Any, x: Tensor, *args: Any, **kwargs: A
     weights = kwargs.pop("routing_weights", None)
     if weights is None and frame is not None:
         weights = frame.weights
+    if weights is None and not (args or kwargs) and (frame is None or not frame.adapters_off):
+        plan = plan_of(layer, x)
+        if plan is not None:
+            is_told = frame is not None and frame.tape is not None
+            mask = _token_mask(layer, x, frame) if is_told else None
+            return plan.run(layer, x, binding, frame, token_mask=mask)
     if frame is not None and frame.adapters_off and not layer.merged:
         for key in ("adapter_names", *_peft.VARIANT_KWARG_KEYS):
             kwargs.pop(key, None)
@@ -153,21 +160,6 @@ def _fused_forward(
         return None
     if weights is not None:
         return combine(layer, x, base, _explicit_weights(layer, x, weights, frame))
-    binding = binding_of(layer)
-    scope = None if binding is None else binding.scope
-    spec = mixtures_of(layer).get(adapters[0])
-    if spec is not None and routes_in_one_op(layer, x, adapters, spec, scope):
-        return route(
-            layer,
-            adapters[0],
-            x,
-            base,
-            spec=spec,
-            name=_name(layer),
-            scope=scope,
-            frame=frame,
-            token_mask=_token_mask(layer, x, frame),
-        )
     return combine(layer, x, base, _routed_weights(layer, x, frame))
 
 
@@ -310,16 +302,17 @@ def _linear_delta(layer: Any, adapter: str, x: Tensor, weights: Tensor | None) -
     x = layer.lora_dropout[adapter](layer._cast_input_dtype(x, lora_a.weight.dtype))
     if weights is None:
         return lora_b(lora_a(x)) * scaling  # type: ignore[no-any-return]
-    scaled = _scaled(weights, scaling)
+    scaled = _scaled(weights, scaling, x.dtype)
     if lora_b.bias is None and is_plain_linear(lora_a) and is_plain_linear(lora_b):
         return lora_combine(x, lora_a.weight, lora_b.weight, scaled)
     delta = lora_b(mix_ranks(lora_a(x), scaled))
     return _weigh_bias(delta, lora_b.bias, scaled)
 
 
-def _scaled(weights: Tensor, scaling: float | Tensor) -> Tensor:
+def _scaled(weights: Tensor, scaling: float | Tensor, dtype: torch.dtype) -> Tensor:
     """Weights times scaling in at least float32: only the model's own dtype may cost accuracy."""
-    return weights.to(torch.promote_types(weights.dtype, torch.float32)) * scaling
+    wide = torch.promote_types(torch.promote_types(weights.dtype, dtype), torch.float32)
+    return weights.to(wide) * scaling
 
 
 def _weigh_bias(delta: Tensor, bias: Tensor | None, scaled: Tensor) -> Tensor:
@@ -333,7 +326,7 @@ def _conv_delta(layer: Any, adapter: str, x: Tensor, weights: Tensor | None) -> 
     x = layer.lora_dropout[adapter](layer._cast_input_dtype(x, lora_a.weight.dtype))
     if weights is None:
         return lora_b(lora_a(x)) * scaling  # type: ignore[no-any-return]
-    scaled = _scaled(weights, scaling)
+    scaled = _scaled(weights, scaling, x.dtype)
     scaled = scaled.reshape(-1, *(1,) * (layer._kernel_dim - 2), weights.shape[-1])
     ranks = mix_ranks(lora_a(x).movedim(1, -1), scaled).movedim(-1, 1)
     delta = lora_b(ranks)
@@ -356,7 +349,7 @@ def _embedding_delta(layer: Any, adapter: str, x: Tensor, weights: Tensor | None
     if weights is None:
         delta = (ranks @ lora_b.T) * scaling
     else:
-        delta = F.linear(mix_ranks(ranks, _scaled(weights, scaling)), lora_b)
+        delta = F.linear(mix_ranks(ranks, _scaled(weights, scaling, ranks.dtype)), lora_b)
     embed_scale = layer._get_embed_scale()
     result: Tensor = delta if embed_scale is None else delta * embed_scale.to(delta.dtype)
     return result

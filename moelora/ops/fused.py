@@ -36,7 +36,7 @@ class _CombineLinear(torch.autograd.Function):
         ranks = wide_mm(x, lora_a.t())
         output.addmm_(mix_ranks(ranks, weights).to(x.dtype), lora_b.t())
         ctx.save_for_backward(x, base_weight, lora_a, lora_b, weights, ranks)
-        return output
+        return output.view(*ctx.shape[:-1], output.shape[-1])
 
     @staticmethod
     @once_differentiable
@@ -44,6 +44,7 @@ class _CombineLinear(torch.autograd.Function):
         x, base_weight, lora_a, lora_b, weights, ranks = ctx.saved_tensors
         needs_x, _, _, needs_a, needs_b, needs_weights, _ = ctx.needs_input_grad
         grad_a = grad_b = grad_weights = grad_x = None
+        grad = grad.reshape(-1, grad.shape[-1])
         if needs_b:
             mixed = mix_ranks(ranks, weights).to(x.dtype)
             grad_b = wide_mm(grad.t(), mixed).to(ctx.dtypes[1])
@@ -101,4 +102,4 @@ def combine_linear(
         tensor([[3.]])
     """
     output: Tensor = _CombineLinear.apply(x, base_weight, bias, lora_a, lora_b, weights, is_conv1d)
-    return output.view(*x.shape[:-1], output.shape[-1])
+    return output

@@ -68,7 +68,7 @@ def routed_linear_reference(
 
     Example:
         >>> one = torch.ones(1, 1)
-        >>> options = RouterOptions(1, 1, 1.0, 2.0, None, True)
+        >>> options = RouterOptions(1, 1, 1.0, 2.0)
         >>> routed_linear_reference(one, one, None, one, one, one, options=options)[0]
         tensor([[3.]])
     """

@@ -6,36 +6,19 @@ the base output. Backward is one kernel between the same products.
 """
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moelora.ops.options import RouterOptions
+from moelora.ops.backend import explain
+from moelora.ops.options import RoutedOutput, RouterOptions
 from moelora.ops.products import base_gradient, base_product, wide_mm
+from moelora.ops.routed_eager import routed_linear_eager
 
 #: Up to so many tokens two kernels read the parameters as they are, the chosen experts' B only.
 DECODE_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class RoutedOutput:
-    """What a routed layer gives.
-
-    Attributes:
-        output: ``(*batch, d_out)``, in the dtype of the input.
-        decision: ``(2, tokens, experts)`` float32, without a graph: router logits divided by the
-            temperature, and routing weights after capacity; None where it was not asked for.
-        statistics: float32 sums for the auxiliary losses over valid tokens: mean probabilities of
-            the experts, their shares of slots, of first choices (each padded to a power of two),
-            the mean squared logsumexp, the number of tokens; None where not asked for.
-    """
-
-    output: Tensor
-    decision: Tensor | None
-    statistics: Tensor | None
 
 
 class _Sizes:
@@ -123,7 +106,7 @@ def _route(
     decision = z.new_empty(2, tokens, experts)
     mixed = z.new_empty(tokens, sizes.ranks, dtype=dtype)
     capacity = options.capacity_factor
-    has_capacity, has_statistics = capacity is not None, options.statistics
+    has_capacity, has_statistics = capacity is not None, options.loss_type is not None
     has_mask, has_mature = token_mask is not None, mature is not None
     statistics = z.new_empty(sizes.statistics) if has_statistics else None
     partial = z
@@ -216,7 +199,7 @@ class _RoutedLinear(torch.autograd.Function):
         output.addmm_(mixed, lora_b.t())
         ctx.save_for_backward(x, base_weight, rows, lora_b, mixed, decision, token_mask, statistics)
         ctx.mark_non_differentiable(decision)
-        return output, statistics, decision
+        return output.view(*ctx.shape[:-1], output.shape[-1]), statistics, decision
 
     @staticmethod
     @once_differentiable
@@ -229,6 +212,7 @@ class _RoutedLinear(torch.autograd.Function):
         sizes = ctx.sizes
         if grad is None:
             grad = x.new_zeros(x.shape[0], lora_b.shape[0])
+        grad = grad.reshape(-1, lora_b.shape[0])
         if needs_b:
             grad_b = wide_mm(grad.t(), saved[0]).to(ctx.dtypes[1])
         if needs_x or needs_a or needs_router:
@@ -258,15 +242,17 @@ def routed_linear(
     token_mask: Tensor | None = None,
     mature: Tensor | None = None,
     is_conv1d: bool = False,
+    record: bool = False,
+    backend: str = "auto",
 ) -> RoutedOutput:
     """A frozen linear layer and its mixture, routed by a linear router that reads the same input.
 
     Differentiable once in ``x``, ``lora_a``, ``lora_b`` and ``router``, through the output and the
-    statistics. Defined by :func:`moelora.ops.reference.routed_linear_reference`. Scores have
-    float32 accuracy also where the products run in bfloat16.
+    statistics. Defined by :func:`moelora.ops.reference.routed_linear_reference`. Scores have at
+    least float32 accuracy, also where the products run in bfloat16.
 
     Args:
-        x: ``(*batch, d_in)``, float32 or bfloat16.
+        x: ``(*batch, d_in)``.
         base_weight: ``(d_out, d_in)``, or ``(d_in, d_out)`` of a ``Conv1D``; no gradient.
         bias: ``(d_out,)`` or None; no gradient.
         lora_a: ``(experts * r, d_in)``, contiguous.
@@ -277,11 +263,36 @@ def routed_linear(
             statistic.
         mature: ``(experts,)`` bool; while one is False all experts share every token.
         is_conv1d: the base is a ``Conv1D``.
+        record: whether logits and weights are wanted.
+        backend: ``"auto"``, ``"eager"`` or ``"triton"``; see :func:`moelora.ops.explain`.
+
+    Raises:
+        BackendError: if ``backend`` is unknown or cannot run here.
+
+    Example:
+        >>> one, options = torch.ones(1, 1), RouterOptions(1, 1, 1.0, 2.0)
+        >>> routed_linear(one, one, None, one, one, one, options=options).output
+        tensor([[3.]])
     """
-    output, statistics, decision = _RoutedLinear.apply(
-        x, base_weight, bias, lora_a, lora_b, router, token_mask, mature, options, is_conv1d
-    )
-    return RoutedOutput(output.view(*x.shape[:-1], output.shape[-1]), decision, statistics)
+    backend = _backend(x, lora_a, options, backend)
+    tensors = (x, base_weight, bias, lora_a, lora_b, router, token_mask, mature)
+    if backend == "triton":
+        output, statistics, decision = _RoutedLinear.apply(*tensors, options, is_conv1d)
+        logits, weights = decision.unbind() if record else (None, None)
+    else:
+        output, statistics, logits, weights = routed_linear_eager(*tensors, options, is_conv1d)
+    return RoutedOutput(output, logits, weights, statistics)
+
+
+def _backend(x: Tensor, lora_a: Tensor, options: RouterOptions, backend: str) -> str:
+    return explain(
+        device=x.device.type,
+        dtype=x.dtype,
+        num_experts=options.num_experts,
+        top_k=options.top_k,
+        rank=lora_a.shape[0] // options.num_experts,
+        backend=backend,
+    ).backend
 
 
 def routed_linear_inference(
@@ -296,10 +307,11 @@ def routed_linear_inference(
     mature: Tensor | None = None,
     is_conv1d: bool = False,
     record: bool = False,
+    backend: str = "auto",
 ) -> RoutedOutput:
     """:func:`routed_linear` without gradients, capacity and statistics.
 
-    A few tokens take two kernels, which read the parameters as they are; more take the products.
+    On a GPU a few tokens take two kernels, which read the parameters as they are.
 
     Args:
         x: as there, and all that follow.
@@ -308,24 +320,34 @@ def routed_linear_inference(
         lora_a: as there.
         lora_b: as there.
         router: as there.
-        options: how the router decides; ``capacity_factor`` and ``statistics`` must be unset.
+        options: how the router decides; ``capacity_factor`` and ``loss_type`` must be None.
         mature: as there.
         is_conv1d: as there.
-        record: whether the decision is wanted also where it is not made anyway.
+        record: as there.
+        backend: as there.
+
+    Raises:
+        BackendError: if ``backend`` is unknown or cannot run here.
     """
+    if _backend(x, lora_a, options, backend) != "triton":
+        tensors = (x, base_weight, bias, lora_a, lora_b, router, None, mature)
+        output, _, logits, weights = routed_linear_eager(*tensors, options, is_conv1d)
+        return RoutedOutput(output, logits, weights, None)
     output = base_product(x, base_weight, bias, is_conv1d=is_conv1d)
     flat = x.reshape(-1, x.shape[-1])
     if 0 < flat.shape[0] <= DECODE_TOKENS:
-        decision = _decode(
-            flat, output, (lora_a, lora_b, router.to(lora_a.dtype)), mature, options, record=record
-        )
+        adapter = (lora_a, lora_b, router.to(lora_a.dtype))
+        decision = _decode(flat, output, adapter, mature, options, record=record)
     else:
         sizes = _sizes(lora_a.shape[0], options.num_experts, lora_a.shape[1], x.dtype)
         rows, lora_b = _pack(x, lora_a, lora_b, router, sizes)
         z = wide_mm(flat, rows.t())
         decision, mixed, _ = _route(z, None, mature, options, sizes, x.dtype)
         output.addmm_(mixed, lora_b.t())
-    return RoutedOutput(output.view(*x.shape[:-1], output.shape[-1]), decision, None)
+    output = output.view(*x.shape[:-1], output.shape[-1])
+    if not record or decision is None:
+        return RoutedOutput(output, None, None, None)
+    return RoutedOutput(output, decision[0], decision[1], None)
 
 
 def _decode(
