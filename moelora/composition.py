@@ -165,7 +165,7 @@ def compose(
     with new_folder(target) as folder:
         _write(folder, config, {**others, **stacked.tensors, **routers}, routers, experts)
     return Composition(
-        folder=target,
+        folder=Path(out),
         experts=tuple(map(_told, experts)),
         router=router,
         top_k=config.top_k_experts,
@@ -361,6 +361,8 @@ def _ranks(experts: list[Expert]) -> dict[str, int]:
 
 def _notes(experts: list[Expert]) -> Iterator[str]:
     layers = {layer for expert in experts for layer in expert.layers}
+    if any(isinstance(e.config, MoELoraConfig) and e.config.has_router for e in experts):
+        yield "The routers of mixtures among the sources are not kept: the new router is for all."
     for expert in experts:
         if not any(pair.b.any() and pair.a.any() for pair in expert.layers.values()):
             yield f"Expert {expert.name!r} is zero: was it ever trained?"

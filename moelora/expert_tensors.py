@@ -218,8 +218,7 @@ def experts_of_model(model: nn.Module, adapter_name: str) -> list[Expert]:
         raise ConfigError(f"{where} has no layers in this model.")
     if not isinstance(config, MoELoraConfig):
         return [Expert(adapter_name, where, config, layers)]
-    numbered = [f"{adapter_name}.{index}" for index in range(config.num_experts)]
-    names = config.expert_names or numbered
+    names = config.expert_names or numbered(adapter_name, config.num_experts)
     return _slices(names, where, config, layers, {}, mature)
 
 
@@ -249,6 +248,16 @@ def find_expert(names: list[str], expert: int | str) -> int:
             f"expert must be an index in [0, {len(names)}) or one of {names}, got {expert!r}."
         )
     return expert
+
+
+def numbered(adapter: str, number: int) -> list[str]:
+    """Names for the experts of an adapter that gives them none; a single one has the adapter's.
+
+    Example:
+        >>> numbered("sql", 1), numbered("skills", 2)
+        (['sql'], ['skills.0', 'skills.1'])
+    """
+    return [adapter] if number == 1 else [f"{adapter}.{index}" for index in range(number)]
 
 
 # Folders -------------------------------------------------------------------------------------
@@ -400,7 +409,7 @@ def _split(
     others: dict[str, Tensor],
     mature: list[bool] | None,
 ) -> list[Expert]:
-    names = config.expert_names or [f"{name}.{index}" for index in range(config.num_experts)]
+    names = config.expert_names or numbered(name, config.num_experts)
     return _slices(names, locate.where, config, layers, others, mature)
 
 

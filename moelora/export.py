@@ -100,7 +100,7 @@ def export_expert(
     stacked = stack([layers], ranks=dict.fromkeys(layers, r), one_scaling=True)
     write_lora(target, [chosen], stacked, layers=layers)
     return ExportedExpert(
-        folder=target,
+        folder=Path(out),
         name=names[index],
         index=index,
         r=r,

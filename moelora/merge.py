@@ -125,7 +125,7 @@ def merge_experts(
         )
     distance = write_lora(target, experts, stacked, layers=layers, check=measure)
     return MergedExperts(
-        folder=target,
+        folder=Path(out),
         weights=dict(zip(saved.names, chosen, strict=True)),
         r=r,
         truncation_error=_relative(errors),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,7 +15,7 @@ from peft.tuners.lora.config import ArrowConfig
 from peft.tuners.lora.model import LoraModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import BertModel, GPT2LMHeadModel, T5ForConditionalGeneration
+from transformers import BertModel, GPT2LMHeadModel, LlamaForCausalLM, T5ForConditionalGeneration
 
 import moelora
 from moelora import MoELoraConfig, compose, freeze_experts, record_routing
@@ -22,7 +23,7 @@ from moelora.prototypes import SHARPNESS
 from moelora.stacking import common_scaling
 from tests.adapters import save_lora
 from tests.lm import lora_config, mixture, perturb, tiny_llama, token_ids
-from tests.models import LAYER_KINDS, Block, bert_config, gpt2_config, t5_config
+from tests.models import LAYER_KINDS, Block, bert_config, gpt2_config, llama_config, t5_config
 from tests.tolerances import assert_close, assert_equal
 
 UNEQUAL: dict[str, dict[str, Any]] = {
@@ -131,8 +132,12 @@ def test_padding_and_folding_change_no_expert_of_any_layer_kind(
         (lambda: BertModel(bert_config()), {"target_modules": ["query", "dense"]}),
         (lambda: T5ForConditionalGeneration(t5_config()), {"target_modules": ["q", "wo"]}),
         (lambda: GPT2LMHeadModel(gpt2_config()), {"target_modules": ["wte", "c_proj"]}),
+        (
+            lambda: LlamaForCausalLM(llama_config(tie_word_embeddings=True)),
+            {"target_modules": ["lm_head", "q_proj"]},
+        ),
     ],
-    ids=["gpt2", "bert", "t5", "gpt2 with embeddings"],
+    ids=["gpt2", "bert", "t5", "gpt2 with embeddings", "llama with a tied head"],
 )
 def test_other_architectures_compose(make: Any, fields: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -357,6 +362,7 @@ def test_the_experts_of_a_mixture_become_experts(loras: Any, tmp_path: Path) -> 
         expected = model.eval()(token_ids(), routing_weights=_one_hot(index, 3)).logits
         assert_close(mixed(token_ids(), routing_weights=_one_hot(index, 4)).logits, expected)
     assert_close(mixed(token_ids(), routing_weights=_one_hot(3, 4)).logits, loras[1][0])
+    assert "routers of mixtures among the sources are not kept" in " ".join(made.notes)
 
 
 def test_equal_folder_names_take_the_folder_above(tmp_path: Path) -> None:
@@ -375,3 +381,26 @@ def test_notes_tell_what_a_reader_should_know(tmp_path: Path) -> None:
     assert "lora_dropout differs ([0.1, 0.0])" in notes
     assert "'new' is zero" in notes
     assert "'a' adapts 2 of 6 layers" in notes
+
+
+def test_adapters_of_the_hub_compose(
+    loras: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub is a folder here; a third part of the id is a subfolder."""
+
+    def download(repo: str, filename: str, *, subfolder: str | None = None, **_: Any) -> str:
+        place = loras[0][0].parent / (subfolder or repo.split("/")[1]) / filename
+        if not place.exists():
+            raise LocalEntryNotFoundError(f"{place} is not in the cache")
+        return str(place)
+
+    monkeypatch.setattr("moelora.adapter_folder.hf_hub_download", download)
+    monkeypatch.chdir(tmp_path)
+    made = compose(["someone/sql", "someone/many/french"], tmp_path / "out")
+    assert [expert.name for expert in made.experts] == ["sql", "french"]
+    assert made.experts[0].source == "someone/sql"
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "out").eval()
+    assert_close(model(token_ids(), routing_weights=_one_hot(1, 2)).logits, loras[1][1])
+    exported = moelora.export_expert("someone/code", tmp_path / "code", expert=0)
+    assert (exported.name, exported.r) == ("code", 6)
+    assert moelora.describe("someone/many/french").experts[0].rank == 3
