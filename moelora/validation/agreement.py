@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moelora.record import record_routing
 from moelora.validation.candidate import Candidate, lora_layers
 from moelora.validation.errors import ValidationError
+from moelora.validation.own_routing import own_weights
 from moelora.validation.slow_path import slow_logits
 from moelora.validation.stacking import stack_experts
 from moelora.validation.ways import (
@@ -302,14 +302,7 @@ class Agreement:
     def own_routing(self) -> list[Comparison]:
         """A mixture routed by its own routers against the slow sum with what they decided."""
         model, experts = self.candidate.model, self.candidate.experts
-        activate(model, self.candidate.mixtures)
-        with torch.no_grad(), record_routing(model) as record:
-            routed = model(**self.batch, use_cache=False).logits
-        decided = {name: routing.routing_weights for name, routing in record.routing.items()}
-        weights: Any = decided or self._constant_weights()
-        if decided.keys() - {n.removeprefix("base_model.model.") for n in lora_layers(model)}:
-            # one router for a block or for the model: its layers are not told by name
-            weights = _shared_weights(model, decided, self.weights.shape)
+        routed, weights = own_weights(self.candidate, self.batch)
         slow = slow_logits(model, experts, weights, self.batch)
         return [
             self._compare(
@@ -319,15 +312,6 @@ class Agreement:
                 "the same sum, computed differently",
             )
         ]
-
-    def _constant_weights(self) -> Tensor:
-        """Of mixtures without routers: their fixed weights, or 1 where nothing is routed."""
-        constant: list[float] = []
-        for name in self.candidate.mixtures:
-            config = self.candidate.model.peft_config[name]
-            even = 1 / config.num_experts if config.routed else 1.0
-            constant += config.fixed_routing_weights or [even] * config.num_experts
-        return self.weights.new_tensor(constant).expand_as(self.weights)
 
     def attached(self) -> list[Comparison]:
         """The checkpoint's router, asked in DyLoRA-MoE's way and in moelora's."""
@@ -364,21 +348,6 @@ class Agreement:
                 demanded=False,
             ),
         ]
-
-
-def _shared_weights(
-    model: Any, decided: dict[str, Tensor], shape: torch.Size
-) -> Tensor | dict[str, Tensor]:
-    """Weights of a router that serves a block (by its name) or the whole model."""
-    if set(decided) == {"model"}:
-        return decided["model"].reshape(shape)
-    found = {}
-    for name in lora_layers(model):
-        own = name.removeprefix("base_model.model.")
-        block = next((b for b in decided if own.startswith(f"{b}.")), None)
-        if block is not None:
-            found[own] = decided[block]
-    return found
 
 
 class _Outputs:

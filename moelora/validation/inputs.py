@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from moelora.record import record_routing
 from moelora.validation.candidate import Candidate
 from moelora.validation.errors import ValidationError
-from moelora.validation.ways import Batch, activate, final_hidden, seeded_weights
+from moelora.validation.own_routing import own_weights
+from moelora.validation.ways import Batch, final_hidden, seeded_weights
 
 MAX_TEXT_BYTES = 64 * 2**20
 
@@ -112,9 +112,8 @@ def _routing(candidate: Candidate, batch: Batch) -> Tensor | None:
     if candidate.router is not None:
         weights: Tensor = candidate.router(final_hidden(model, candidate.experts, batch))
         return weights.flatten(0, -2)
-    activate(model, candidate.mixtures)
-    with record_routing(model) as record:
-        model(**batch, use_cache=False)
-    decided = [routing.routing_weights for routing in record.routing.values()]
-    # constant weights are decided by nobody
-    return torch.cat(decided) if decided else None
+    configs = [model.peft_config[name] for name in candidate.mixtures]
+    if not any(config.has_router for config in configs):
+        # constant weights are decided by nobody
+        return None
+    return torch.cat(list(own_weights(candidate, batch)[1].values()))

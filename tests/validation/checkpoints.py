@@ -13,6 +13,8 @@ from tests.lm import perturb
 from tests.validation.old_checkpoints import TARGETS, old_model, save_old
 from tests.validation.tiny import tiny_base
 
+UNLIKE = [["q_proj", "o_proj"], ["q_proj", "o_proj", "down_proj"], ["q_proj"]]
+
 
 def mixture_model(**fields: Any) -> PeftModel:
     config = MoELoraConfig(
@@ -53,7 +55,7 @@ def adapters_model(*, router: bool = True, **fields: Any) -> PeftModel:
     return model.eval()
 
 
-def joining_model() -> PeftModel:
+def joining_model(*, targets: list[list[str]] | None = None, **fields: Any) -> PeftModel:
     """Experts that came one at a time, each an adapter with its own router rows."""
     model: Any = tiny_base()
     for index in range(3):
@@ -62,9 +64,10 @@ def joining_model() -> PeftModel:
             lora_alpha=4,
             num_experts=1,
             joins_mixture=True,
-            target_modules=TARGETS,
+            target_modules=TARGETS if targets is None else targets[index],
             task_type="CAUSAL_LM",
             router_type="learned",
+            **fields,
         )
         if index:
             model.add_adapter(f"skill_{index}", config)
@@ -89,6 +92,9 @@ MODELS: dict[str, Any] = {
     "adapters with a router": adapters_model,
     "adapters alone": lambda: adapters_model(router=False),
     "experts that joined": joining_model,
+    # o_proj has two of them, down_proj one alone
+    "joined, in other layers each": lambda: joining_model(targets=UNLIKE),
+    "joined, a router per block": lambda: joining_model(targets=UNLIKE, router_scope="layer"),
 }
 
 
