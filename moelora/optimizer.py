@@ -1,7 +1,7 @@
 """Optimisers of a model that grows: new parameters join, old ones keep their state."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,7 +29,13 @@ def note_removed(parameters: Iterable[nn.Parameter]) -> None:
         _removed[parameter] = True
 
 
-def update_optimizer(optimizer: Optimizer, model: nn.Module, **options: Any) -> list[nn.Parameter]:
+def update_optimizer(
+    optimizer: Optimizer,
+    model: nn.Module,
+    *,
+    select: Callable[[str], bool] | None = None,
+    **options: Any,
+) -> list[nn.Parameter]:
     """Let an optimiser follow a model whose experts came, went or were frozen.
 
     Trainable parameters that it does not know join the group of their like (the same tensor of
@@ -47,6 +53,8 @@ def update_optimizer(optimizer: Optimizer, model: nn.Module, **options: Any) -> 
         optimizer: any optimiser that keeps its state per parameter, in tensors of the parameter's
             shape or of one element: SGD, Adam, AdamW and their kin.
         model: the model, or any module, whose parameters it trains.
+        select: by a parameter's name in ``model``, whether it is for this optimiser; None for all.
+            Give it where several optimisers share a model.
         **options: hyperparameters of a new group for the new parameters, for instance ``lr``;
             without, they join a group that is there.
 
@@ -71,7 +79,7 @@ def update_optimizer(optimizer: Optimizer, model: nn.Module, **options: Any) -> 
         raise TypeError(f"optimizer must be a torch optimiser, got {type(optimizer).__name__}.")
     if isinstance(optimizer, LBFGS):
         raise TypeError("LBFGS keeps one history for all parameters and cannot follow a model.")
-    named = [(name, p) for name, p in model.named_parameters() if p.numel() > 0]
+    named = [(n, p) for n, p in model.named_parameters() if select is None or select(n)]
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     ordered = [group for group in optimizer.param_groups if _is_ordered(group, named)]
     moved = {

@@ -210,6 +210,29 @@ def test_options_make_a_group_of_their_own() -> None:
     assert [id(p) for p in group["params"]] == [id(p) for p in joined]
 
 
+def test_two_optimisers_share_a_model() -> None:
+    experts = manager(1)
+    experts.add_router()
+
+    def is_router(name: str) -> bool:
+        return "router" in name
+
+    def is_expert(name: str) -> bool:
+        return not is_router(name)
+
+    named = [(n, p) for n, p in experts.model.named_parameters() if p.requires_grad]
+    optimizers = {
+        select: torch.optim.AdamW([p for n, p in named if select(n)], lr=1e-3)
+        for select in (is_router, is_expert)
+    }
+    experts.create_expert()
+    joined = {s: update_optimizer(o, experts.model, select=s) for s, o in optimizers.items()}
+    names = {id(p): n for n, p in experts.model.named_parameters()}
+    assert [names[id(p)] for p in joined[is_router]] == ["base_model.router.weight_1"]
+    assert {is_router(names[id(p)]) for p in joined[is_expert]} == {False}
+    assert sum(map(len, joined.values())) == len(trainable(experts)) - len(named)
+
+
 def test_a_second_call_changes_nothing() -> None:
     experts = manager(2)
     experts.add_router()
