@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moelora.decision import MixtureSpec, report
 from moelora.fused_layer import fusable, is_bare, is_traced
 from moelora.ops import RouterOptions, routed_linear, routed_linear_inference
+from moelora.ops.backend import SPARSE_FROM
 from moelora.ops.options import LossType
 from moelora.router import ModuleRouter
 from moelora.routing import Routing
@@ -45,6 +46,9 @@ class RoutedPlan:
         self.is_conv1d = type(self.base) is not nn.Linear
         # told to a layer by tests, which run the kernels in Triton's interpreter
         self.backend: str = layer.__dict__.get("_moelora_backend", "auto")
+        #: whether the ops may leave unchosen experts out
+        self.is_large = self.tensors[0].shape[0] > SPARSE_FROM * spec.top_k
+        self._maturity: tuple[tuple[int, int], bool] | None = None
         self._options: dict[tuple[bool, bool], RouterOptions] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -126,11 +130,13 @@ class RoutedPlan:
             result = routed_linear(
                 x, self.weight, self.bias, *self.tensors, options=options, token_mask=token_mask,
                 mature=mature, is_conv1d=self.is_conv1d, record=looked_at, backend=self.backend,
+                all_mature=self._knows_all_mature(mature),
             )  # fmt: skip
         else:
             result = routed_linear_inference(
                 x, self.weight, self.bias, *self.tensors, options=options, mature=mature,
                 is_conv1d=self.is_conv1d, record=looked_at, backend=self.backend,
+                all_mature=self._knows_all_mature(mature),
             )  # fmt: skip
         if not (recorders or takes) or binding is None:
             return result.output
@@ -152,6 +158,18 @@ class RoutedPlan:
             statistics=(result.statistics, spec.num_experts),
         )
         return report(result.output, entry, tape)
+
+    def _knows_all_mature(self, mature: Tensor | None) -> bool:
+        """Whether no expert is young, as far as that is known without asking the GPU each time."""
+        if mature is None or not self.is_large:
+            return mature is None
+        state = (id(mature), mature._version)
+        if self._maturity is None or self._maturity[0] != state:
+            if mature.is_cuda and torch.cuda.is_current_stream_capturing():
+                return False
+            # one synchronisation per change of the buffer
+            self._maturity = (state, bool(mature.all()))
+        return self._maturity[1]
 
     def _make_options(self, training: bool, takes: bool) -> RouterOptions:  # noqa: FBT001
         spec = self.spec

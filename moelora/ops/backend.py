@@ -20,6 +20,8 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 MAX_EXPERTS = 256
 MAX_TOP_K = 16
 MAX_RANKS_IN_BLOCK = 16384
+#: Ranks of all experts per chosen expert from which on the unchosen ones are left out.
+SPARSE_FROM = 300
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -30,10 +32,12 @@ class Choice:
     Attributes:
         backend: ``"eager"``, ``"triton"`` or ``"reference"``.
         reason: why, in one sentence.
+        is_sparse: whether training and decoding compute with the chosen experts only (Triton).
     """
 
     backend: str
     reason: str
+    is_sparse: bool = False
 
 
 @functools.cache
@@ -50,7 +54,9 @@ def explain(
 
     The rule of ``"auto"``: Triton's kernels on a CUDA device with Triton installed, for float32 and
     bfloat16, up to 256 experts, 16 experts per token and 16 384 padded ranks; PyTorch's own
-    operations everywhere else.
+    operations everywhere else. In training and for a few tokens, more than 300 ranks of all experts
+    for each expert that a token chooses make it sparse: below that, one product with all experts
+    takes less time than looking up the chosen ones.
 
     Args:
         device: where the layer runs.
@@ -76,7 +82,10 @@ def explain(
         return Choice("eager", f"Triton needs a CUDA device, this is {device}.")
     obstacle = _obstacle(torch.device(device), dtype, num_experts, top_k, rank)
     if obstacle is None:
-        return Choice("triton", "The sizes fit the kernels.")
+        ranks = num_experts * rank
+        if ranks > SPARSE_FROM * top_k:
+            return Choice("triton", f"More than {SPARSE_FROM} ranks per chosen expert.", True)
+        return Choice("triton", f"At most {SPARSE_FROM} ranks per chosen expert.")
     if backend == "triton":
         raise BackendError(f"backend='triton' cannot run: {obstacle}")
     logger.info("Using PyTorch's operations instead of Triton's kernels: %s", obstacle)

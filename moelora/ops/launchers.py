@@ -7,11 +7,13 @@ the sizes and dtypes it was compiled for, and launched directly.
 
 from typing import Any
 
+import torch
 import triton
 from packaging.version import Version
 from torch import Tensor
 
 from moelora.ops import triton_kernels as kernels
+from moelora.ops import triton_sparse as sparse
 
 # 3.5: the first whose compiled kernels take all arguments in order, constants included
 _LAUNCHES_DIRECTLY = Version(triton.__version__) >= Version("3.5")
@@ -49,13 +51,25 @@ class Launcher:
             aligned: False if a tensor from outside starts at an odd address.
         """
         compiled = self.compiled.get(key) if aligned else None
-        if compiled is not None:
+        if compiled is not None and not _is_watched():
             if grid[0] > 0:
-                compiled[(grid[0], grid[1] if len(grid) > 1 else 1, 1)](*arguments)
+                # what Triton's own launch does once it has found the compiled kernel
+                device = torch.cuda.current_device()
+                compiled.run(
+                    grid[0], grid[1] if len(grid) > 1 else 1, 1,
+                    torch._C._cuda_getCurrentRawStream(device), compiled.function,
+                    compiled.packed_metadata, None, None, None, *arguments,
+                )  # fmt: skip
             return
         compiled = self.kernel[grid](*arguments, num_warps=self.num_warps)
         if _LAUNCHES_DIRECTLY and aligned and hasattr(compiled, "packed_metadata"):
             self.compiled[key] = compiled
+
+
+def _is_watched() -> bool:
+    """Whether a profiler wants to be told of launches."""
+    hook = triton.knobs.runtime.launch_enter_hook
+    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def is_aligned(*tensors: Tensor) -> bool:
@@ -68,4 +82,8 @@ count = Launcher(kernels._count_fwd_kernel)
 route = Launcher(kernels._route_fwd_kernel)
 route_backward = Launcher(kernels._route_bwd_kernel)
 scores = Launcher(kernels._scores_fwd_kernel)
+chosen = Launcher(kernels._chosen_fwd_kernel)
+down = Launcher(sparse._down_fwd_kernel)
+down_backward = Launcher(sparse._down_bwd_kernel)
+outer_backward = Launcher(sparse._outer_bwd_kernel)
 decode = Launcher(kernels._decode_fwd_kernel, num_warps=1)

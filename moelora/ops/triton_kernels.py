@@ -9,8 +9,8 @@ Shapes: ``T`` tokens, ``E`` experts, ``K`` experts per token, ``R`` rank of one 
 """
 
 # N803: a kernel's constants are capitals. SIM102: a constant and a value are no one condition to
-# Triton's compiler.
-# ruff: noqa: N803, SIM102
+# Triton's compiler. C901: a kernel's constants choose between forms of one computation.
+# ruff: noqa: N803, SIM102, C901
 
 import triton
 import triton.language as tl
@@ -187,6 +187,27 @@ def _store_statistics(
     tl.store(statistics_ptr + 3 * E2 + 1, divisor)
 
 
+@triton.jit
+def _store_slots(
+    slots_ptr, counts, position, keep, tokens, pid, E2: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Enter tokens in their experts' slots; segments of whole blocks, expert after expert.
+
+    ``slots_ptr`` holds each expert's first slot and number of tokens (``E2`` each), then the token
+    of every slot.
+    """
+    cols = tl.arange(0, E2)
+    counts = counts.to(tl.int32)
+    padded = (counts + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    starts = tl.cumsum(padded, axis=0) - padded
+    if pid == 0:
+        tl.store(slots_ptr + cols, starts)
+        tl.store(slots_ptr + E2 + cols, counts)
+    slot = starts[None, :] + position.to(tl.int32)
+    value = tokens[:, None] + tl.zeros([1, E2], dtype=tl.int32)
+    tl.store(slots_ptr + 2 * E2 + slot, value, mask=keep)
+
+
 @triton.jit(
     do_not_specialize=["T", "blocks"],
     do_not_specialize_on_alignment=["mask_ptr", "mature_ptr"],
@@ -199,6 +220,7 @@ def _route_fwd_kernel(
     decision_ptr,
     mixed_ptr,
     statistics_ptr,
+    slots_ptr,
     T,
     experts,
     rank,
@@ -220,8 +242,13 @@ def _route_fwd_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    DISPATCH: tl.constexpr,
 ):
-    """Softmax, top-k, capacity, renormalisation, and the scaled ranks ``expand(w) * (A x)``."""
+    """Softmax, top-k, capacity, renormalisation, and the scaled ranks ``expand(w) * (A x)``.
+
+    With ``DISPATCH`` (tokens in a slot block of an expert, else 0) no rank is scaled; instead each
+    token is entered in the slots of its experts, see :func:`_store_slots`.
+    """
     pid = tl.program_id(0)
     tokens = pid * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = tokens < T
@@ -237,19 +264,31 @@ def _route_fwd_kernel(
     if HAS_CAPACITY or HAS_STATISTICS:
         number = 0.0
         before = tl.zeros([E2], dtype=tl.float32)
+        slots = tl.zeros([E2], dtype=tl.float32)
         for start in range(0, blocks, BLOCK_P):
             others = start + tl.arange(0, BLOCK_P)
             row = partial_ptr + others * (3 * E2 + 2)
             earlier = (others < pid)[:, None]
-            before += tl.sum(tl.load(row[:, None] + cols[None, :], mask=earlier, other=0.0), axis=0)
+            tile = row[:, None] + cols[None, :]
+            before += tl.sum(tl.load(tile, mask=earlier, other=0.0), axis=0)
+            if DISPATCH > 0:
+                there = (others < blocks)[:, None]
+                slots += tl.sum(
+                    tl.load(row[:, None] + cols[None, :], mask=there, other=0.0), axis=0
+                )
             number += tl.sum(tl.load(row + 3 * E2 + 1, mask=others < blocks, other=0.0), axis=0)
-        if HAS_CAPACITY:
-            if HAS_MASK:
+        if HAS_CAPACITY or DISPATCH > 0:
+            if HAS_MASK and HAS_CAPACITY:
                 keep = keep & (tl.load(mask_ptr + tokens, mask=inside, other=0) != 0)[:, None]
             slot = tl.where(keep, 1.0, 0.0)
             position = before[None, :] + tl.cumsum(slot, axis=0) - slot
-            # a product that is a whole number but for rounding is that number
-            keep = keep & (position < tl.ceil(number * capacity_share - 1e-4))
+            if HAS_CAPACITY:
+                # a product that is a whole number but for rounding is that number
+                capacity = tl.ceil(number * capacity_share - 1e-4)
+                keep = keep & (position < capacity)
+                slots = tl.minimum(slots, capacity)
+            if DISPATCH > 0:
+                _store_slots(slots_ptr, slots, position, keep, tokens, pid, E2, DISPATCH)
         if HAS_STATISTICS:
             if pid == 0:
                 _store_statistics(
@@ -264,6 +303,8 @@ def _route_fwd_kernel(
     offsets = tokens.to(tl.int64)[:, None] * experts + cols[None, :]
     tl.store(decision_ptr + offsets, logits, mask=real)
     tl.store(weights_ptr + offsets, weights, mask=real)
+    if DISPATCH > 0:
+        return
     # the weights just written are read back by rank; the barrier makes them seen
     tl.debug_barrier()
     for start in range(0, padded_ranks, BLOCK_R):
@@ -314,11 +355,13 @@ def _route_bwd_kernel(
     HAS_MASK: tl.constexpr,
     HAS_STATISTICS: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    HAS_SHARES: tl.constexpr,
 ):
     """From the gradient of the scaled ranks to those of ``A x`` and of the router's scores.
 
     With ``q[e]`` the sum of gradient times scaled rank, the logits' gradient is ``q - w sum(q)``
     (``p`` instead of ``w`` for K = 1): no division by a weight, and none is needed at weight 0.
+    With ``HAS_SHARES`` the first pointer holds ``q`` itself, and only the scores are left to do.
     """
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = tokens < T
@@ -330,25 +373,28 @@ def _route_bwd_kernel(
     logits = tl.load(decision_ptr + per_expert, mask=real, other=float("-inf"))
     weights_ptr = decision_ptr + T.to(tl.int64) * experts
     weights = tl.load(weights_ptr + per_expert, mask=real, other=0.0)
-    rank_cols = cols[:, None] * rank + within[None, :]
-    here = real[:, :, None] & (within < rank)[None, None, :]
-    offsets = wide[:, None, None] * ranks + rank_cols[None, :, :]
-    grad_mixed = tl.load(grad_mixed_ptr + offsets, mask=here, other=0.0).to(tl.float32)
-    mixed = tl.load(mixed_ptr + offsets, mask=here, other=0.0).to(tl.float32)
     out_dtype = grad_z_ptr.dtype.element_ty
     row = grad_z_ptr + wide * grad_stride
-    tl.store(
-        row[:, None, None] + rank_cols[None, :, :],
-        (grad_mixed * weights[:, :, None] * scaling).to(out_dtype),
-        mask=here,
-    )
-    pad = ranks + tl.arange(0, 8)
-    tl.store(
-        row[:, None] + pad[None, :],
-        tl.zeros([BLOCK_T, 8], dtype=tl.float32).to(out_dtype),
-        mask=inside[:, None] & (pad < padded_ranks)[None, :],
-    )
-    q = tl.sum(grad_mixed * mixed, axis=2)
+    if HAS_SHARES:
+        q = tl.load(grad_mixed_ptr + per_expert, mask=real, other=0.0)
+    else:
+        rank_cols = cols[:, None] * rank + within[None, :]
+        here = real[:, :, None] & (within < rank)[None, None, :]
+        offsets = wide[:, None, None] * ranks + rank_cols[None, :, :]
+        grad_mixed = tl.load(grad_mixed_ptr + offsets, mask=here, other=0.0).to(tl.float32)
+        mixed = tl.load(mixed_ptr + offsets, mask=here, other=0.0).to(tl.float32)
+        tl.store(
+            row[:, None, None] + rank_cols[None, :, :],
+            (grad_mixed * weights[:, :, None] * scaling).to(out_dtype),
+            mask=here,
+        )
+        pad = ranks + tl.arange(0, 8)
+        tl.store(
+            row[:, None] + pad[None, :],
+            tl.zeros([BLOCK_T, 8], dtype=tl.float32).to(out_dtype),
+            mask=inside[:, None] & (pad < padded_ranks)[None, :],
+        )
+        q = tl.sum(grad_mixed * mixed, axis=2)
     probs = _softmax(logits, real)
     share = weights
     if K == 1:
@@ -382,13 +428,17 @@ def _scores_fwd_kernel(
     T,
     d_in,
     ranks,
+    first_row,
     x_stride,
     z_stride,
     T2: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``A x`` and the router's scores of few tokens, one row of A or of the router per program."""
-    row = tl.program_id(0)
+    """``A x`` and the router's scores of few tokens, one row of A or of the router per program.
+
+    Rows are counted from ``first_row`` on; those of the router follow those of A.
+    """
+    row = tl.program_id(0) + first_row
     tokens = tl.arange(0, T2)
     total = tl.zeros([T2, BLOCK], dtype=tl.float32)
     if row < ranks:
@@ -406,6 +456,45 @@ def _scores_fwd_kernel(
         )
         total += x.to(tl.float32) * w.to(tl.float32)[None, :]
     tl.store(z_ptr + tokens * z_stride + row, tl.sum(total, axis=1), mask=tokens < T)
+
+
+@triton.jit
+def _chosen_fwd_kernel(
+    x_ptr,
+    a_ptr,
+    z_ptr,
+    d_in,
+    experts,
+    rank,
+    ranks,
+    x_stride,
+    z_stride,
+    K: tl.constexpr,
+    E2: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``A x`` for the experts that a token's scores choose, one row of A per program."""
+    token = tl.program_id(0)
+    choice = tl.program_id(1) // rank
+    row = tl.program_id(1) % rank
+    cols = tl.arange(0, E2)
+    z_row = z_ptr + token * z_stride
+    rest = tl.load(z_row + ranks + cols, mask=cols < experts, other=float("-inf"))
+    expert = tl.argmax(rest, axis=0)
+    for number in tl.static_range(1, K):
+        rest = tl.where(cols == expert, float("-inf"), rest)
+        expert = tl.where(number <= choice, tl.argmax(rest, axis=0), expert)
+    # NaN scores may name a padded expert
+    expert = tl.minimum(expert, experts - 1)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, d_in, BLOCK):
+        offset = start + tl.arange(0, BLOCK)
+        inside = offset < d_in
+        a_row = a_ptr + (expert * rank + row).to(tl.int64) * d_in
+        a = tl.load(a_row + offset, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + token * x_stride + offset, mask=inside, other=0.0).to(tl.float32)
+        total += a * x
+    tl.store(z_row + expert * rank + row, tl.sum(total, axis=0))
 
 
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["mature_ptr"])
