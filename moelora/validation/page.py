@@ -19,7 +19,7 @@ td{white-space:nowrap}
 th:first-child,td:first-child{text-align:left;white-space:normal}
 thead th{border-bottom:2px solid #9aa5b1;font-weight:600}
 tr.failed td{background:#fdf1e9;font-weight:600}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(320px,1fr));gap:24px}
+.charts{display:grid;margin-top:24px;grid-template-columns:repeat(auto-fit,minmax(440px,1fr));gap:24px}
 figure{margin:0}figcaption{font-size:13px;color:#52606d}
 svg{width:100%;height:auto;font-family:inherit}
 .facts td:last-child{text-align:left;white-space:normal;overflow-wrap:anywhere}
