@@ -154,10 +154,14 @@ class Frame:
 
 
 class _FrameStack(threading.local):
-    """The top frame of each thread."""
+    """The frames of each thread.
+
+    A list, since a trace that breaks inside a forward replays changes of a list, but loses an
+    attribute that was set on a thread-local object.
+    """
 
     def __init__(self) -> None:
-        self.top: Frame | None = None
+        self.frames: list[Frame] = []
 
 
 class RoutingRecorder(Protocol):
@@ -217,31 +221,34 @@ class RoutingScope:
     @property
     def top(self) -> Frame | None:
         """The current frame of this thread."""
-        return self._frames.top
+        frames = self._frames.frames
+        return frames[-1] if frames else None
 
     def push(self, frame: Frame) -> None:
         """Enter ``frame``."""
-        self._frames.top = replace(frame, outer=self._frames.top)
+        self._frames.frames.append(replace(frame, outer=self.top))
 
     def pop(self) -> Frame | None:
         """Leave the top frame and return it."""
-        frame = self._frames.top
-        self._frames.top = None if frame is None else frame.outer
-        return frame
+        frames = self._frames.frames
+        return frames.pop() if frames else None
 
     def restore(self, frame: Frame | None) -> None:
         """Go back to ``frame``, whatever was entered since."""
-        self._frames.top = frame
+        frames = self._frames.frames
+        while frames and frames[-1] is not frame:
+            frames.pop()
 
     @contextmanager
     def entered(self, frame: Frame) -> Iterator[None]:
         """Run a block inside ``frame``, whatever happens in it."""
-        before = self._frames.top
-        self._frames.top = replace(frame, outer=before)
+        frames = self._frames.frames
+        depth = len(frames)
+        self.push(frame)
         try:
             yield
         finally:
-            self._frames.top = before
+            del frames[depth:]
 
 
 #: Where a base model keeps its scope, in ``__dict__``: not a submodule, and not PEFT's.
