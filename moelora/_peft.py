@@ -248,6 +248,7 @@ def _table() -> Iterator[_Row]:
         ("_enable_peft_forward_hooks", model.enable_forward_hooks, ("self",)),
         ("_unload_and_optionally_merge", mixture.unload_and_optionally_merge, None),
         ("merge_adapter", mixture.merge_adapter, None),
+        ("delete_adapter", mixture.delete_adapter, ("self", "adapter_name")),
         ("add_weighted_adapter", mixture.add_weighted_adapter, ("self", "adapters", "weights")),
         ("subtract_mutated_init", mixture.subtract_mutated_init, ("self", "output_state_dict")),
         ("supports_lora_conversion", mixture.supports_lora_conversion, None),

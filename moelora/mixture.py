@@ -30,6 +30,7 @@ from moelora.places import (
 )
 from moelora.rollback import unchanged_on_error
 from moelora.router import ModuleRouter
+from moelora.router_request import announce
 from moelora.scope import ATTACHED
 
 
@@ -326,6 +327,12 @@ def unload_and_optionally_merge(
     base: nn.Module = original(tuner, *args, **kwargs)
     unbind(base)
     return base
+
+
+def delete_adapter(original: Callable[..., None], tuner: Any, *args: Any, **kwargs: Any) -> None:
+    """Delete as PEFT does; without its last router the model tells of none."""
+    original(tuner, *args, **kwargs)
+    announce(tuner.model, tuner.peft_config)
 
 
 def check_mixed_config(original: Callable[..., Any], tuner: Any, config: Any) -> None:

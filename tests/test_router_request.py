@@ -170,3 +170,12 @@ def test_the_answer_can_be_weighed_by_the_caller_instead_of_the_model() -> None:
 def test_a_saved_adapter_holds_nothing_of_it(tmp_path: Path) -> None:
     mixture().save_pretrained(tmp_path)
     assert NAME not in json.loads((tmp_path / "adapter_config.json").read_text())
+
+
+def test_deleting_the_last_router_takes_the_config_back() -> None:
+    model = mixture()
+    model.add_adapter("second", mixture_config())
+    model.delete_adapter("second")
+    assert hasattr(model.config, NAME)
+    model.delete_adapter("default")
+    assert not hasattr(model.config, NAME)
