@@ -74,7 +74,8 @@ def routed_forward(original: Any, layer: Any, x: Tensor, *args: Any, **kwargs: A
     if weights is None and not (args or kwargs) and (frame is None or not frame.adapters_off):
         plan = plan_of(layer, x)
         if plan is not None:
-            is_told = frame is not None and frame.tape is not None
+            # in training without a gradient too, where capacity counts real tokens
+            is_told = frame is not None and (frame.tape is not None or layer.training)
             mask = _token_mask(layer, x, frame) if is_told else None
             return plan.run(layer, x, binding, frame, token_mask=mask)
     if frame is not None and frame.adapters_off and not layer.merged:
