@@ -152,6 +152,7 @@ def _sweep() -> Iterator[Case]:
     by_rank = [mixture(8, r=r) for r in (8, 64)] + [Variant("lora", r=r) for r in (8, 64)]
     ours = [Variant("explicit", 1, 1), Variant("explicit", 8, 2)]
     ours += [mixture(8, detail=detail) for detail in ("layer", "given", "fixed")]
+    ours.append(Variant("moelora", 8, 2, adapter_dtype="base"))
     others = [Variant("explicit", 8, 2), LOOP, mixture(8, detail="model"), XLORA]
     others += [Variant("npasses", 8, 2)]
     yield from group(
@@ -229,6 +230,7 @@ def _cpu() -> Iterator[Case]:
     )
 
 
+_TINY_OPS = ("fused", "routed", "combine", "loop")
 _TINY_GROUPS = (
     group(
         Conditions("train", "tiny", 2, 8, dtype="fp32", in_turns=True),
@@ -259,7 +261,7 @@ _TINY_GROUPS = (
     group(Conditions("leak", "tiny", 2, 8, dtype="fp32"), LORA, MIXTURE),
     group(
         Conditions("op", "32x48", 1, 8, dtype="fp32"),
-        *(Variant("linear"), *(Variant(kind, 4, 2, 4) for kind in ("fused", "combine", "loop"))),
+        *(Variant("linear"), *(Variant(kind, 4, 2, 4) for kind in _TINY_OPS)),
     ),
 )
 

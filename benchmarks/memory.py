@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.correctness import WrongResultError
 from benchmarks.shapes import unique_bytes
 from benchmarks.timing import Step
 
@@ -75,6 +76,20 @@ def growth(run: Callable[[], Any], *, steps: int, device: torch.device) -> dict[
         "early_tensors": first_tensors,
         "late_tensors": last_tensors,
     }
+
+
+def refuse_growth(metrics: dict[str, Any]) -> None:
+    """Call a leak what it is.
+
+    Raises:
+        WrongResultError: if more tensors are alive at the end, or more than a page of memory.
+    """
+    tensors = metrics["late_tensors"] - metrics["early_tensors"]
+    grown = metrics["late_bytes"] - metrics["early_bytes"]
+    if tensors > 0 or grown > _MIB:
+        raise WrongResultError(
+            f"{grown} bytes and {tensors} tensors more are alive after {metrics['steps']} steps"
+        )
 
 
 def _held(device: torch.device) -> tuple[int, int]:

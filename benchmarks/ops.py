@@ -95,7 +95,7 @@ def options_of(variant: Variant, *, capacity: float | None) -> RouterOptions:
         temperature=2.0,
         scaling=2.0,
         capacity_factor=capacity,
-        statistics=capacity is not None,
+        loss_type=None if capacity is None else "aux_loss",
     )
 
 
@@ -120,7 +120,9 @@ def function_of(
     if variant.kind == "routed":
         options = options_of(variant, capacity=capacity)
         inputs = (p.x, p.base, None, p.lora_a, p.lora_b, p.router)
-        return lambda: routed_linear(*inputs, options=options).output
+        return lambda: (
+            routed_linear(*inputs, options=options, backend=variant.detail or "auto").output
+        )
     raise KeyError(variant.kind)
 
 

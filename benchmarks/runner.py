@@ -20,7 +20,7 @@ from benchmarks.baselines import Built
 from benchmarks.cases import COMPILED, Case, Conditions, groups_of
 from benchmarks.correctness import WrongResultError, check, expected_of
 from benchmarks.hosttime import measure_host
-from benchmarks.memory import growth, peak_above_weights
+from benchmarks.memory import growth, peak_above_weights, refuse_growth
 from benchmarks.ops import measure_op
 from benchmarks.roofline import Ceilings, measure_ceilings
 from benchmarks.shapes import DTYPES, BaseModels
@@ -155,10 +155,9 @@ class Runner:
             step.prepare()
             step.run()
 
-        return {
-            "metrics": growth(once, steps=self.leak_steps, device=self.device),
-            "errors": errors,
-        }
+        metrics = growth(once, steps=self.leak_steps, device=self.device)
+        refuse_growth(metrics)
+        return {"metrics": metrics, "errors": errors}
 
     def _group_in_turns(
         self, conditions: Conditions, members: Sequence[Case]

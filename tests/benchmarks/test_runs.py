@@ -86,8 +86,22 @@ def test_an_op_with_a_wrong_weight_is_wrong(monkeypatch: pytest.MonkeyPatch) -> 
     assert "values: 1.00e-02" in result["reason"]
 
 
+def test_a_step_that_keeps_a_tensor_each_time_is_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Tensor] = []
+    right = baselines.loop_forward
+
+    def hoarding(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        kept.append(x.detach().clone())
+        return right(layer, x, *args, **kwargs)
+
+    monkeypatch.setattr(baselines, "loop_forward", hoarding)
+    leak = Conditions("leak", "tiny", 2, 8, dtype="fp32")
+    (result,) = run(Case(leak, baselines.Variant("loop", 3, 2, 4)))
+    assert result["status"] == "wrong"
+    assert "126 tensors more are alive after 10 steps" in result["reason"]
+
+
 def test_a_case_that_cannot_run_does_not_take_the_others_with_it() -> None:
-    # Arrow trains nothing; a prefill follows
     wrong = Case(TRAIN, baselines.Variant("fused", 8, 2))
     results = run(wrong, Case(TRAIN, BASE))
     assert [result["status"] for result in results] == ["failed", "ok"]
