@@ -2,23 +2,23 @@
 
     python -m benchmarks.continual
 
-The experts are those of ``examples/continual_learning.py``; the text is the demo's, and German
-from the same catalogues as its French. One LoRA of as many ranks as all experts together sees the
+The experts are those of ``examples/continual_learning.py``; the text is the demo's, and paragraphs
+of Python's manual. One LoRA of as many ranks as all experts together sees the
 same batches in the same order, without replay. Writes ``continual-learning.json`` and ``.md``.
 """
 
 from __future__ import annotations
 
 import argparse
-import gettext
-import importlib.util
 import json
+import random
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ from moelora.demo.skills import Example, Skill
 from moelora.demo.sources import build_skills
 
 NAME = "continual-learning"
-ORDER = ("python", "french", "chemistry", "derivative", "german")
+ORDER = ("python", "french", "chemistry", "derivative", "manual")
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Plan:
         r: rank of an expert.
         lr: rate while seeding.
         router_lr: rate of router rows.
+        threshold: data whose cosine to every known skill is below is new.
         targets: the adapted layers.
     """
 
@@ -66,6 +67,7 @@ class Plan:
     r: int = 8
     lr: float = 2e-3
     router_lr: float = 1e-2
+    threshold: float = 0.97
     targets: list[str] | str = "all-linear"
 
 
@@ -122,11 +124,14 @@ def learn_with_experts(base: PreTrainedModel, skills: dict[str, Data], plan: Pla
         router_lr=plan.router_lr,
         seeding_steps=plan.seeding,
         consolidation_steps=plan.consolidation,
+        similarity_threshold=plan.threshold,
     )
     logits: Tensor | None = None
     for name, data in skills.items():
         figures.base[name] = learner.loss(data.valid, expert="base")
-        learner.meet(name, data.train)
+        taken_for = learner.meet(name, data.train)
+        if taken_for != name:
+            raise SystemExit(f"{name} was taken for {taken_for}: {learner.arrivals[name]}.")
         figures.similarity[name] = learner.arrivals[name].similarity
         figures.learnt[name] = learner.loss(data.valid, expert=name)
         logits = _logits(learner, first, data.valid[0]) if logits is None else logits
@@ -191,33 +196,24 @@ def _valid(model: nn.Module, data: Data) -> float:
 # Real text ------------------------------------------------------------------------------------
 
 
-def german_skill(like: Skill) -> Skill:
-    """``English -> German`` from Django's catalogues, of the messages that ``like`` translates."""
-    spec = importlib.util.find_spec("django")
-    if spec is None or spec.origin is None:
-        raise SystemExit("The German skill is made from Django's catalogues: pip install Django.")
-    messages: dict[str, str] = {}
-    for path in sorted(Path(spec.origin).parent.rglob("locale/de/LC_MESSAGES/*.mo")):
-        with path.open("rb") as file:
-            catalogue = vars(gettext.GNUTranslations(file))["_catalog"]
-        for key, text in catalogue.items():
-            messages.setdefault(key[0] if isinstance(key, tuple) else key, text)
-
-    def translated(examples: Sequence[Example]) -> tuple[Example, ...]:
-        english = [example.prompt.removeprefix("Translate to French: ") for example in examples]
-        return tuple(
-            Example(f"Translate to German: {text}", messages[text])
-            for text in english
-            if messages.get(text)
-        )
-
-    return Skill("german", translated(like.train), translated(like.valid), source="django")
+def manual_skill(*, per_split: int = 60) -> Skill:
+    """Paragraphs of Python's language reference (PSF), the second half to be written."""
+    examples = []
+    for topic in sorted(topics):
+        for paragraph in topics[topic].split("\n\n"):
+            words = paragraph.split()
+            if 16 <= len(words) <= 40 and words[0][0].isupper() and words[-1].endswith("."):
+                half = len(words) // 2
+                prompt = f"Continue the manual: {' '.join(words[:half])}"
+                examples.append(Example(prompt, " ".join(words[half:])))
+    chosen = random.Random(0).sample(sorted(set(examples), key=str), 2 * per_split)
+    return Skill("manual", tuple(chosen[:per_split]), tuple(chosen[per_split:]), source="pydoc")
 
 
 def real_data(tokenizer: Any, plan: Plan) -> dict[str, Data]:
     """The five skills as batches of equal numbers of texts."""
     skills = {skill.name: skill for skill in build_skills(seed=0)}
-    skills["german"] = german_skill(skills["french"])
+    skills["manual"] = manual_skill()
 
     def batches(examples: Sequence[Example], number: int) -> list[Batch]:
         texts = [encode(each, tokenizer, max_length=plan.length) for each in examples]
@@ -235,7 +231,9 @@ def real_data(tokenizer: Any, plan: Plan) -> dict[str, Data]:
 # The report -----------------------------------------------------------------------------------
 
 
-def report(figures: Figures, plan: Plan, *, model: str) -> dict[str, Any]:
+def report(
+    figures: Figures, plan: Plan, *, model: str, commit: str | None = None
+) -> dict[str, Any]:
     """Everything as JSON writes it."""
     return {
         "name": NAME,
@@ -243,7 +241,7 @@ def report(figures: Figures, plan: Plan, *, model: str) -> dict[str, Any]:
         "plan": asdict(plan),
         "figures": asdict(figures),
         "routed_margin": figures.margin,
-        "environment": environment(torch.device("cpu")),
+        "environment": environment(torch.device("cpu"), commit=commit),
     }
 
 
@@ -278,7 +276,8 @@ def as_markdown(content: dict[str, Any]) -> str:
         "",
         f"- The first skill's logits with its expert, after all others were learnt: {same}.",
         f"- Routing costs at most {content['routed_margin']:.3f} over the skill's own expert.",
-        f"- Cosine to the nearest known skill on arrival: {arrived}. Other texts of {first} at the "
+        f"- Cosine to the nearest known skill on arrival: {arrived}; new below "
+        f"{plan['threshold']}. Other texts of {first} at the "
         f"end were taken for: {figures['returning']}.",
         f"- {seconds}, {environment_of['threads']} thread(s) of {environment_of['cpu']}; torch "
         f"{environment_of['libraries']['torch']}, commit {environment_of.get('commit')}.",
@@ -304,6 +303,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--seeding", type=int, default=Plan.seeding)
     parser.add_argument("--consolidation", type=int, default=Plan.consolidation)
+    parser.add_argument("--commit", default=None, help="the commit, if there is no repository here")
     arguments = parser.parse_args()
     plan = Plan(seeding=arguments.seeding, consolidation=arguments.consolidation)
     torch.manual_seed(0)
@@ -313,7 +313,7 @@ def main() -> None:
     figures = learn_with_experts(base.model, skills, plan)
     base = load_base(location, device=torch.device("cpu"))
     learn_with_one_lora(base.model, skills, plan, figures)
-    content = report(figures, plan, model="SmolLM2-135M-Instruct")
+    content = report(figures, plan, model="SmolLM2-135M-Instruct", commit=arguments.commit)
     write(content, arguments.out)
     sys.stdout.write(as_markdown(content))
 

@@ -95,7 +95,9 @@ class ContinualLearner:
         Returns:
             The skill it is: ``name``, or a known one.
         """
-        embeddings = self.embed(batches[:EMBEDDED])
+        # spread over all, since batches are often sorted by length
+        spread = batches[:: max(1, len(batches) // EMBEDDED)]
+        embeddings = self.embed(spread[:EMBEDDED])
         found = self.arrivals[name] = self.detector.assess(embeddings)
         if not found.is_novel and found.nearest is not None:
             return found.nearest

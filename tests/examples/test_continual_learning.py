@@ -26,13 +26,13 @@ from tests.tolerances import assert_equal
 
 #: Between skills that share no token, on a tiny model; what a real one needs is in the report.
 ROUTED_MARGIN = 0.6
-FIRSTS = (2, 14, 26, 38, 50)
-PLAN = Plan(seeding=15, consolidation=30, lr=5e-3, router_lr=0.1)
+FIRSTS = (2, 14, 26, 50)
+PLAN = Plan(seeding=15, consolidation=20, lr=5e-3, router_lr=0.1)
 
 
-def skills(number: int) -> dict[str, Data]:
+def skills() -> dict[str, Data]:
     data = {}
-    for first in FIRSTS[:number]:
+    for first in FIRSTS:
         batches = list(counting(first, batches=6))
         data[f"from {first}"] = Data(batches[:4], batches[4:])
     return data
@@ -40,10 +40,10 @@ def skills(number: int) -> dict[str, Data]:
 
 @pytest.fixture(scope="module")
 def figures() -> Figures:
-    """Five skills in sequence, by experts and by one LoRA."""
+    """Skills in sequence, by experts and by one LoRA."""
     torch.manual_seed(0)
-    found = learn_with_experts(llama(), skills(5), PLAN)
-    learn_with_one_lora(llama(), skills(5), PLAN, found)
+    found = learn_with_experts(llama(), skills(), PLAN)
+    learn_with_one_lora(llama(), skills(), PLAN, found)
     return found
 
 
