@@ -27,7 +27,7 @@ from tests.tolerances import assert_equal
 #: Between skills that share no token, on a tiny model; what a real one needs is in the report.
 ROUTED_MARGIN = 0.6
 FIRSTS = (2, 14, 26, 50)
-PLAN = Plan(seeding=15, consolidation=20, lr=5e-3, router_lr=0.1)
+PLAN = Plan(seeding=15, consolidation=20, lr=5e-3, router_lr=0.1, threshold=0.95)
 
 
 def skills() -> dict[str, Data]:
@@ -75,7 +75,7 @@ def test_one_lora_forgets_the_first_skill(figures: Figures) -> None:
 def test_new_data_is_told_from_data_that_returns(figures: Figures) -> None:
     assert figures.returning == "from 2"
     similarities = list(figures.similarity.values())
-    assert all(cosine is not None and cosine < 0.95 for cosine in similarities[1:])
+    assert all(cosine is not None and cosine < PLAN.threshold for cosine in similarities[1:])
 
 
 def test_the_report_holds_every_figure(figures: Figures, tmp_path: Path) -> None:
