@@ -80,6 +80,12 @@ def test_data_is_new_exactly_when_below_the_threshold(threshold: float, degrees:
     assert found.similarity == pytest.approx(float(at(30) @ at(degrees)), abs=1e-5)
 
 
+def test_data_exactly_at_the_threshold_is_known() -> None:
+    similarity = detector(30).assess(at(70)).similarity
+    assert similarity is not None
+    assert not detector(30, similarity_threshold=similarity).is_novel(at(70))
+
+
 def test_a_skill_is_known_once_it_is_added() -> None:
     one = detector(0)
     assert one.is_novel(at(90))

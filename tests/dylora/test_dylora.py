@@ -315,6 +315,15 @@ def test_new_data_gets_a_young_expert_and_freezes_what_was_there() -> None:
     assert any(".lora_router." in name for name in moved)
 
 
+def test_a_new_skill_freezes_experts_that_are_still_young() -> None:
+    model = learner(similarity_threshold=0.9999)
+    model.add_new_skill("small", counting(12, first=2))
+    model.add_new_skill("thirties", counting(12, first=30))
+    assert not model.expert_manager.is_mature("small")
+    assert {n for n, p in parameters_of(model, "small").items() if p.requires_grad} == set()
+    assert any(p.requires_grad for p in parameters_of(model, "thirties").values())
+
+
 def test_known_data_gets_no_expert_unless_forced() -> None:
     model = learner(similarity_threshold=0.5)
     assert model.add_new_skill("a", counting(12)) == 0
