@@ -25,7 +25,7 @@ from benchmarks.baselines import Variant, build, draw_adapters, targets_of
 from benchmarks.correctness import TOLERANCES, WrongResultError, relative_error
 from benchmarks.environment import environment
 from benchmarks.report import RESULTS
-from benchmarks.shapes import BaseModels, adapted_layers
+from benchmarks.shapes import BaseModels, adapted_layers, unique_bytes
 from benchmarks.steps import token_ids
 from benchmarks.timing import Effort, Step, time_steps
 from examples.dylora import DyLoRAMoE
@@ -206,8 +206,9 @@ def test_memory_usage_comparison(setting: Setting) -> dict[str, Any]:
         setting: what to measure.
 
     Returns:
-        For each number of experts the peak of a forward and of a training step, as
-        ``{way: bytes}``, and ``over_one_lora``: their ratios to one LoRA's.
+        For each number of experts the peak of a forward and of a training step, gradients
+        included, as ``{way: bytes}``; ``total_bytes`` with the weights; and the ratios of both to
+        one LoRA's.
     """
     device, bases = torch.device(setting.device), BaseModels(torch.device(setting.device))
     found: dict[str, Any] = {}
@@ -217,17 +218,26 @@ def test_memory_usage_comparison(setting: Setting) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for kind in ("forward", "train"):
             peaks: dict[str, int] = {}
+            totals: dict[str, int] = {}
             for way in ways:
                 run = partial(getattr(way, kind), ids)
                 run()
                 peak = peak_bytes(device, run)
                 if peak is not None:
                     peaks[way.name] = peak
-            one = peaks.get("one LoRA")
-            ratios = {} if one is None else {name: peak / one for name, peak in peaks.items()}
-            result[kind] = {"peak_bytes": peaks, "over_one_lora": ratios}
+                    totals[way.name] = peak + unique_bytes(way.model)
+            result[kind] = {
+                "peak_bytes": peaks,
+                "over_one_lora": _over_one_lora(peaks),
+                "total_bytes": totals,
+                "total_over_one_lora": _over_one_lora(totals),
+            }
         found[str(experts)] = result
     return found
+
+
+def _over_one_lora(found: dict[str, int]) -> dict[str, float]:
+    return {name: each / found["one LoRA"] for name, each in found.items()}
 
 
 def _ids(setting: Setting, ways: Sequence[Way]) -> Tensor:
@@ -249,11 +259,11 @@ def report(setting: Setting, *, commit: str | None = None) -> dict[str, Any]:
 def table(content: dict[str, Any]) -> str:
     """The medians as a Markdown table."""
     lines = [
-        "| experts | way | forward ms | training ms | one pass faster by | memory / one LoRA |",
+        "| experts | way | forward ms | step ms | one pass faster by | memory / one LoRA |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for experts, result in content["speed"].items():
-        memory = content["memory"][experts]["train"]["over_one_lora"]
+        memory = content["memory"][experts]["train"]["total_over_one_lora"]
         for way in WAYS:
             forward, train = (result[kind]["wall_ms"][way]["p50"] for kind in ("forward", "train"))
             speedup = " / ".join(f"{result[k]['speedup'][way]:.2f}x" for k in ("forward", "train"))

@@ -54,6 +54,10 @@ def test_the_memory_of_every_way_is_reported(content: dict[str, Any]) -> None:
             assert all(peak > 0 for peak in peaks.values())
             assert ratios["one LoRA"] == 1.0
             assert ratios["one pass"] == peaks["one pass"] / peaks["one LoRA"]
+            totals = result[kind]["total_bytes"]
+            assert all(totals[way] > peak for way, peak in peaks.items())
+            total = totals["one pass"] / totals["one LoRA"]
+            assert result[kind]["total_over_one_lora"]["one pass"] == total
 
 
 def test_a_pass_for_each_expert_keeps_more_for_backward(content: dict[str, Any]) -> None:
