@@ -300,7 +300,7 @@ def _tell(text: str) -> None:
 def main() -> None:
     """Learn, compare, report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "dylora")
     parser.add_argument("--seeding", type=int, default=Plan.seeding)
     parser.add_argument("--consolidation", type=int, default=Plan.consolidation)
     parser.add_argument("--commit", default=None, help="the commit, if there is no repository here")

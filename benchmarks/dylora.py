@@ -285,7 +285,7 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="time each comparison for so long"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "dylora")
     parser.add_argument("--commit", default=None, help="the commit, if there is no repository here")
     arguments = parser.parse_args()
     setting = Setting(
