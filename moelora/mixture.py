@@ -258,8 +258,11 @@ def _routers_of(layer: Any) -> Any:
 def _take_maturity(tuner: Any, adapter_name: str, config: MoELoraConfig) -> None:
     """Give an adapter that is added with another one's own config object that one's maturity.
 
-    So TRL makes the reference of a trained adapter, and copies its parameters only.
+    So TRL makes the reference of a trained adapter, and copies its parameters only. Adapters that
+    join a mixture may well share a config, and are young when they come.
     """
+    if config.joins_mixture:
+        return
     others = [name for name, other in tuner.peft_config.items() if other is config]
     other = next((name for name in others if name != adapter_name), None)
     if other is None or config.router_type != "learned_with_maturity":
