@@ -17,7 +17,7 @@ from moelora.adapter_folder import ROUTER_KEY, Locator
 from moelora.config import MoELoraConfig
 from moelora.errors import UnsupportedLayerError
 from moelora.expert_folders import ExpertPlace, SavedModel, find_experts
-from moelora.expert_tensors import Expert, LoraPair, adapter_locator
+from moelora.expert_tensors import Expert, LoraPair, adapter_locator, read_experts
 from moelora.router_file import ROUTER_FILE, read_router_file, read_tensors
 from moelora.stacking import used_ranks
 
@@ -171,18 +171,28 @@ def _experts(
     saved: SavedModel, notes: list[str]
 ) -> tuple[tuple[DescribedExpert, ...], list[Expert]]:
     told, read = [], []
+    # every adapter is read once, whatever number of experts it holds
+    contents = {folder: _content(folder) for folder in saved.adapters.values()}
     for index, place in enumerate(saved.places):
-        try:
-            expert = saved.read(index)
-        except UnsupportedLayerError as error:
-            notes.append(f"Expert {place.name!r}: {error}")
+        content = contents[place.folder]
+        if isinstance(content, str):
+            notes.append(f"Expert {place.name!r}: {content}")
             told.append(_unread(index, place))
             continue
+        expert = content[place.index]
         read.append(expert)
         told.append(_told(index, place, expert))
         if told[-1].update_norm == 0:
             notes.append(f"Expert {place.name!r} is zero: was it ever trained?")
     return tuple(told), read
+
+
+def _content(folder: str) -> list[Expert] | str:
+    """An adapter's experts; or why they cannot be told apart from what else it holds."""
+    try:
+        return read_experts(folder)
+    except UnsupportedLayerError as error:
+        return str(error)
 
 
 def _told(index: int, place: ExpertPlace, expert: Expert) -> DescribedExpert:

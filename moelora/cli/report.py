@@ -174,7 +174,7 @@ def parse_numbers(text: str) -> list[int]:
 def _print(report: "RoutingReport", files: list[Path], *, as_json: bool) -> None:
     if as_json:
         summary = {**report.summary(), "files": [str(path) for path in files]}
-        print(json.dumps(summary, ensure_ascii=False))
+        print(json.dumps(summary))
         return
     from moelora.report.page import verdict
 

@@ -95,10 +95,10 @@ class RoutedLinearSparse(torch.autograd.Function):
                 scores = grad_z[:, sizes.padded_ranks :]
                 grad_router = wide_mm(scores.t(), x)[: sizes.experts].to(ctx.dtypes[2])
             if needs_x:
-                rows, _ = pack(x, lora_a, lora_b, router, sizes)
+                rows = pack(x, lora_a, lora_b, router, sizes)[0]
                 used = rows[: sizes.grad_columns]
-                grad_x = input_gradient(grad, base_weight, grad_z, used, is_conv1d=ctx.is_conv1d)
-                grad_x = grad_x.view(ctx.shape)
+                flat = input_gradient(grad, base_weight, grad_z, used, is_conv1d=ctx.is_conv1d)
+                grad_x = flat.view(ctx.shape)
         return grad_x, None, None, grad_a, grad_b, grad_router, None, None, None
 
 

@@ -121,7 +121,7 @@ def routing_report(
     training = (
         None if training_log is None else read_training_loads(training_log, experts=len(experts))
     )
-    max_length = min(max_length, _longest(routed.base))
+    max_length = min(max_length, _longest(routed.base, tokenizer))
     passages, summaries = cut_passages(
         domains, tokenizer, max_tokens=max_tokens, max_length=max_length, sources=sources
     )
@@ -346,13 +346,14 @@ def _check_options(**options: Any) -> None:
             raise ReportError(f"{name} must be a whole number of at least {least}, got {value!r}.")
 
 
-def _longest(base: nn.Module) -> int:
-    """The most positions that the base model has."""
+def _longest(base: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The most positions that the base model has; some need a few of them for themselves."""
     config: Any = getattr(base, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     longest: Any = getattr(config, "max_position_embeddings", None)
-    return longest if is_int(longest) and longest > 0 else 2**31
+    limits = [n for n in (longest, tokenizer.model_max_length) if is_int(n) and n > 0]
+    return min([*limits, 2**31])
 
 
 def _name_of(base: nn.Module) -> str:

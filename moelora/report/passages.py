@@ -55,7 +55,11 @@ def read_domains(
     """
     files: dict[str, list[Path]] = {}
     for source in sources:
-        for name, paths in _named_files(source):
+        with _readable(Path(source)):
+            named = list(_named_files(source))
+        for name, paths in named:
+            if not all(_is_unicode(text) for text in (name, *(path.name for path in paths))):
+                raise ReportError(f"{source!r}: the name of a domain or file is not UTF-8.")
             if name in files:
                 raise ReportError(f"Two domains are named {name!r}: name them, --data NAME=PATH.")
             files[name] = paths
@@ -171,12 +175,14 @@ def _text_of(record: Any, fields: Sequence[str], *, where: str) -> str:
 
 
 def _whole(text: str, where: str) -> str:
-    try:
-        # JSON can spell half a surrogate pair, which no tokenizer takes
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ReportError(f"{where}: holds half a surrogate pair.") from error
+    # JSON can spell half a surrogate pair, which no tokenizer takes
+    if not _is_unicode(text):
+        raise ReportError(f"{where}: holds half a surrogate pair.")
     return text
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 # Passages ------------------------------------------------------------------------------------

@@ -180,7 +180,9 @@ class RoutingReport:
         tree = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
         text = json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False)
         # rows of numbers stay rows; within a string no line ever breaks
-        return re.sub(r"\[\n([-+.,\d\senul]+?)\n *\]", _one_line, text) + "\n"
+        text = re.sub(r"\[\n([-+.,\d\senul]+?)\n *\]", _one_line, text) + "\n"
+        # half a surrogate pair is in no file, but may be in a name
+        return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)
 
     @classmethod
     def from_json(cls, text: str) -> "RoutingReport":

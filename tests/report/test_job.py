@@ -169,6 +169,28 @@ def test_mixtures_side_by_side_are_one_set_of_experts() -> None:
     assert columns == {"q_proj": [0, 1, 2, 3, 4], "v_proj": [2, 3, 4], "down_proj": [2, 3, 4]}
 
 
+def test_experts_that_joined_one_by_one_have_the_names_of_their_adapters() -> None:
+    alone = {"num_experts": 1, "joins_mixture": True, "top_k_experts": 1}
+    model = mixture(tiny_llama(), name="sql", **alone)
+    model.add_adapter("french", mixture_config(**alone))
+    perturb(model)
+    model.base_model.set_adapter(["french", "sql"])
+    report = report_of(model.eval())
+    assert report.experts == ["french", "sql"]
+    assert sum(report.load) == pytest.approx(1.0, abs=1e-5)
+    model.base_model.set_adapter("sql")
+    with pytest.raises(ReportError, match="None of the active adapters"):
+        report_of(model)
+
+
+def test_a_tokenizers_limit_counts_too() -> None:
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.model_max_length = 10
+    report = routing_report(llama_mixture(), tokenizer, {"a": ["abc " * 9]})
+    assert report.settings["max_length"] == 10
+    assert report.domains[0].passages == 4
+
+
 def test_a_fixed_mixture_and_a_plain_adapter_beside_a_learned_one_are_noted() -> None:
     model = llama_mixture()
     model.add_adapter("even", mixture_config(num_experts=2, router_type="fixed"))

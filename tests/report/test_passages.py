@@ -204,3 +204,24 @@ def test_records_of_json_lines_may_hold_anything_else(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "t", "other": {"deep": [1, None]}}))
     assert texts_of([path]) == {"a": ["t"]}
+
+
+def test_names_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a\udcff.txt"
+    try:
+        path.write_text("x")
+    except (OSError, UnicodeEncodeError):
+        pytest.skip("this file system has no such names")
+    with pytest.raises(ReportError, match="is not UTF-8"):
+        read_domains([str(path)])
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_self: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(passages.Path, "iterdir", fail)
+    with pytest.raises(ReportError, match="cannot be read: Permission denied"):
+        read_domains([str(tmp_path)])

@@ -15,10 +15,11 @@ NASTY = '[ 1,\u2028 2 ] \\ " </script> \x00 é \u202e'
 
 
 @pytest.mark.parametrize("domains", [1, 2])
-@pytest.mark.parametrize("nasty", ["x", NASTY, "[\n1\n]"])
+@pytest.mark.parametrize("nasty", ["x", NASTY, "[\n1\n]", "\ud800 \udfff"])
 def test_json_is_read_back_without_loss(domains: int, nasty: str) -> None:
     report = made_up(nasty=nasty, domains=domains)
-    assert RoutingReport.from_json(report.to_json()) == report
+    stored = report.to_json().encode("utf-8")
+    assert RoutingReport.from_json(stored.decode("utf-8")) == report
 
 
 def test_rows_of_numbers_are_rows_of_the_file() -> None:
