@@ -21,8 +21,9 @@ from benchmarks.timing import Step
 from moelora import Routing, record_routing
 
 #: Allowed relative errors by dtype of the base model: of logits, and of gradients. Rounding of the
-#: base model's own activations through all blocks is most of it; PEFT's one LoRA has the same.
-TOLERANCES = {"fp32": (1e-4, 1e-3), "fp16": (1e-2, 4e-2), "bf16": (4e-2, 1e-1)}
+#: base model's own activations through all blocks is most of it; PEFT's one LoRA has the same:
+#: 5.1e-2 was measured for its logits with bfloat16 adapters through 16 blocks of random weights.
+TOLERANCES = {"fp32": (1e-4, 1e-3), "fp16": (1e-2, 4e-2), "bf16": (8e-2, 2e-1)}
 #: Where experts are chosen anew in the slow run, from activations rounded otherwise, a few tokens
 #: go elsewhere. So with these variants, and with every router in a compiled model, whose
 #: base rounds at other places than the one that was recorded. In float32 none does.

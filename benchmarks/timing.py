@@ -222,6 +222,8 @@ def capture(step: Step) -> Step:
         graph.replay()
         return output
 
+    # the graph reads the step's inputs where they lay when it was recorded: they have to live on
+    replay.recorded = step  # type: ignore[attr-defined]
     return Step(replay, prepare=step.rewind, repeats=step.repeats)
 
 
