@@ -48,6 +48,8 @@ def live_tensors() -> tuple[int, int]:
     gc.collect()
     # type() asks no proxy object what it stands for, as isinstance would
     found = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]
+    # sparse tensors have no storage of their own
+    found = [item for item in found if item.layout == torch.strided]
     storages = {
         item.untyped_storage().data_ptr(): item.untyped_storage().nbytes() for item in found
     }

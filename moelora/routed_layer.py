@@ -156,6 +156,7 @@ class RoutedPlan:
             router_is_trainable=self.tensors[2].requires_grad,
             checkpointed=frame.checkpointed,
             statistics=(result.statistics, spec.num_experts),
+            over_ranks=tape.training and spec.balance_over_ranks,
         )
         return report(result.output, entry, tape)
 

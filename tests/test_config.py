@@ -51,6 +51,7 @@ DEFAULTS: dict[str, object] = {
     "fixed_routing_weights": None,
     "joins_mixture": False,
     "balance_over_ranks": False,
+    "expert_names": None,
 }
 
 

@@ -71,7 +71,7 @@ def explain(
 
     Example:
         >>> explain(device="cpu", dtype=torch.float32, num_experts=8, top_k=2, rank=16)
-        Choice(backend='eager', reason='Triton needs a CUDA device, this is cpu.')
+        Choice(backend='eager', reason='Triton needs a CUDA device, this is cpu.', is_sparse=False)
     """
     if backend not in BACKENDS:
         raise BackendError(f"backend must be one of {list(BACKENDS)}, got {backend!r}.")
