@@ -56,6 +56,7 @@ def routed_linear(
         BackendError: if ``backend`` is unknown or cannot run here.
 
     Example:
+        >>> import torch
         >>> one, options = torch.ones(1, 1), RouterOptions(1, 1, 1.0, 2.0)
         >>> routed_linear(one, one, None, one, one, one, options=options).output
         tensor([[3.]])
