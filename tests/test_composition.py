@@ -20,6 +20,7 @@ from transformers import BertModel, GPT2LMHeadModel, LlamaForCausalLM, T5ForCond
 import moelora
 from moelora import MoELoraConfig, compose, freeze_experts, record_routing
 from moelora.prototypes import SHARPNESS
+from moelora.router_file import read_router_file
 from moelora.stacking import common_scaling
 from tests.adapters import save_lora
 from tests.lm import lora_config, mixture, perturb, tiny_llama, token_ids
@@ -85,6 +86,7 @@ def test_the_experts_have_the_names_of_their_folders_and_keep_them(
     for folder in (composed, tmp_path):
         assert moelora.describe(folder).router is not None
         assert [expert.name for expert in moelora.describe(folder).experts] == list(UNEQUAL)
+        assert read_router_file(folder / "router.safetensors").experts == list(UNEQUAL)
 
 
 def test_a_composed_mixture_saves_what_it_loads(composed: Path, tmp_path: Path) -> None:
