@@ -48,7 +48,7 @@ class RoutedPlan:
         self.backend: str = layer.__dict__.get("_moelora_backend", "auto")
         #: whether the ops may leave unchosen experts out
         self.is_large = self.tensors[0].shape[0] > SPARSE_FROM * spec.top_k
-        self._maturity: tuple[tuple[int, int], bool] | None = None
+        self._maturity: tuple[Tensor, int, bool] | None = None
         self._options: dict[tuple[bool, bool], RouterOptions] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -164,13 +164,13 @@ class RoutedPlan:
         """Whether no expert is young, as far as that is known without asking the GPU each time."""
         if mature is None or not self.is_large:
             return mature is None
-        state = (id(mature), mature._version)
-        if self._maturity is None or self._maturity[0] != state:
+        known = self._maturity
+        if known is None or known[0] is not mature or known[1] != mature._version:
             if mature.is_cuda and torch.cuda.is_current_stream_capturing():
                 return False
             # one synchronisation per change of the buffer
-            self._maturity = (state, bool(mature.all()))
-        return self._maturity[1]
+            known = self._maturity = (mature, mature._version, bool(mature.all()))
+        return known[2]
 
     def _make_options(self, training: bool, takes: bool) -> RouterOptions:  # noqa: FBT001
         spec = self.spec
@@ -192,7 +192,7 @@ def _routing(logits: Any, weights: Any, top_k: int) -> Routing:
 
 
 def plan_of(layer: Any, x: Tensor) -> RoutedPlan | None:
-    """The layer's plan, if it can be routed by the kernels now; else None.
+    """The layer's plan, if it can be routed in one op now; else None.
 
     Args:
         layer: a LoRA layer.
@@ -210,7 +210,7 @@ def plan_of(layer: Any, x: Tensor) -> RoutedPlan | None:
 
 
 def _keeps_graph(layer: Any) -> bool:
-    """Whether a recorder wants the decision with its graph, which the kernels do not give."""
+    """Whether a recorder wants the decision with its graph, which the ops do not give."""
     binding: LayerBinding | None = layer.__dict__.get("_moelora_binding")
     recorders = () if binding is None else binding.scope.recorders
     return any(getattr(recorder, "keep_graph", True) for recorder in recorders)

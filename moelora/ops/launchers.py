@@ -47,17 +47,23 @@ class Launcher:
         Args:
             grid: programs along one or two axes.
             key: all that the arguments may differ in besides values: sizes, dtypes, the device.
-            arguments: every argument of the kernel in order, constants included.
+            arguments: every argument of the kernel in order, constants included; the first is a
+                tensor.
             aligned: False if a tensor from outside starts at an odd address.
         """
+        device = arguments[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            # Triton launches on the current device, wherever its arguments are
+            with torch.cuda.device(device):
+                self(grid, key, arguments, aligned=aligned)
+            return
         compiled = self.compiled.get(key) if aligned else None
         if compiled is not None and not _is_watched():
             if grid[0] > 0:
                 # what Triton's own launch does once it has found the compiled kernel
-                device = torch.cuda.current_device()
                 compiled.run(
                     grid[0], grid[1] if len(grid) > 1 else 1, 1,
-                    torch._C._cuda_getCurrentRawStream(device), compiled.function,
+                    torch._C._cuda_getCurrentRawStream(device.index), compiled.function,
                     compiled.packed_metadata, None, None, None, *arguments,
                 )  # fmt: skip
             return
