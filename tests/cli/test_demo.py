@@ -115,7 +115,13 @@ def _training(tiny_model: Path, toy_skills: Path, out: Path) -> Iterator[subproc
     command = [sys.executable, "-m", "moelora", "demo", "--steps", "100000", "--out", str(out)]
     command += ["--model", str(tiny_model), "--data", str(toy_skills)]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+        # a test run in the background ignores interruptions, and its children would too
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stderr is not None
         told = ""
@@ -134,7 +140,7 @@ def test_an_interrupted_run_says_so_in_one_line_and_leaves_nothing(
 ) -> None:
     with _training(tiny_model, toy_skills, tmp_path / "out") as process:
         process.send_signal(signal.SIGINT)
-        told, errors = process.communicate()
+        told, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert told == ""
     assert errors.endswith("\nmoelora demo: interrupted, nothing was written.\n")
