@@ -121,8 +121,9 @@ def decide(
             for router, _ in routers
         ]
         routing = share_while_immature(routing, torch.cat(mature))
-    if training and spec.expert_dropout > 0:
-        routing = drop_experts(routing, probability=spec.expert_dropout)
+    dropped_share = routers[0][0].dropped_share
+    if training and dropped_share > 0:
+        routing = drop_experts(routing, probability=dropped_share)
     if scope is None:
         return routing
     for recorder in scope.recorders:

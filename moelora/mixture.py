@@ -201,6 +201,7 @@ def _add_router(
         hidden_size=config.router_hidden_size,
         track_maturity=config.router_type == "learned_with_maturity",
         reads_indices=is_embedding and not features,
+        expert_dropout=float(config.expert_dropout),
     )
     if weight.device.type != "meta":
         router = router.to(device=weight.device, dtype=weight.dtype)

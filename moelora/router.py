@@ -22,8 +22,8 @@ class ModuleRouter(nn.Module):
     """The router of one adapted layer, reading the layer's own input.
 
     ``logits = x @ weight.T``, or ``silu(x @ hidden_weight.T) @ weight.T`` with a hidden layer. Its
-    parameters lie directly in it (no submodules), so that PEFT's state-dict functions find them as
-    ``<layer>.lora_router.<adapter>.<name>``.
+    parameters lie directly in it, not in submodules, so that PEFT's state-dict functions find them
+    as ``<layer>.lora_router.<adapter>.<name>``.
 
     Args:
         in_features: width of what the layer's ``lora_A`` reads.
@@ -31,6 +31,8 @@ class ModuleRouter(nn.Module):
         hidden_size: width of the hidden layer, or None.
         track_maturity: keep the buffer ``mature`` (all True at first).
         reads_indices: the layer is an embedding; the input is token ids, each a one-hot vector.
+        expert_dropout: the probability with which a chosen expert is left out in training. Kept in
+            an ``nn.Dropout``, which is what trainers that want no randomness look for.
     """
 
     weight: nn.Parameter
@@ -45,9 +47,12 @@ class ModuleRouter(nn.Module):
         hidden_size: int | None = None,
         track_maturity: bool = False,
         reads_indices: bool = False,
+        expert_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.reads_indices = reads_indices
+        if expert_dropout > 0:
+            self.expert_dropout = nn.Dropout(expert_dropout)
         self.weight = nn.Parameter(torch.zeros(num_experts, hidden_size or in_features))
         hidden = (
             None if hidden_size is None else nn.Parameter(torch.zeros(hidden_size, in_features))
@@ -61,6 +66,14 @@ class ModuleRouter(nn.Module):
     def num_experts(self) -> int:
         """The number of experts this router chooses from."""
         return self.weight.shape[0]
+
+    @property
+    def dropped_share(self) -> float:
+        """With what probability a chosen expert is left out now; 0 outside of training."""
+        dropout = self._modules.get("expert_dropout")
+        if not isinstance(dropout, nn.Dropout) or not dropout.training:
+            return 0.0
+        return float(dropout.p)
 
     def reset_parameters(self) -> None:
         """Draw all rows anew from a normal distribution."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from moelora.router import ROUTER_INIT_STD, ModuleRouter
 from tests.models import gradients
@@ -96,14 +96,32 @@ def test_a_hidden_layer_starts_random_too() -> None:
 def test_tensors_lie_directly_in_the_router(
     hidden: int | None, track: bool, names: list[str]
 ) -> None:
-    router = ModuleRouter(in_features=6, num_experts=4, hidden_size=hidden, track_maturity=track)
-    assert sorted(router.state_dict()) == names
+    for dropout in (0.0, 0.5):
+        router = ModuleRouter(
+            in_features=6,
+            num_experts=4,
+            hidden_size=hidden,
+            track_maturity=track,
+            expert_dropout=dropout,
+        )
+        assert sorted(router.state_dict()) == names
 
 
 def test_experts_start_mature() -> None:
     router = ModuleRouter(in_features=6, num_experts=3, track_maturity=True)
     assert router.mature is not None
     assert router.mature.tolist() == [True, True, True]
+
+
+def test_experts_are_left_out_as_any_dropout_says() -> None:
+    router = ModuleRouter(in_features=6, num_experts=3, expert_dropout=0.25)
+    assert router.dropped_share == 0.25
+    assert router.eval().dropped_share == 0.0
+    for module in router.train().modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0
+    assert router.dropped_share == 0.0
+    assert ModuleRouter(in_features=6, num_experts=3).dropped_share == 0.0
 
 
 def test_repr_names_the_sizes() -> None:

@@ -168,8 +168,10 @@ def test_evaluation_logs_the_router_loss(kind: str, tmp_path: Path) -> None:
 # DPO's reference -------------------------------------------------------------------------------
 
 
-def test_the_first_dpo_loss_of_a_fresh_mixture_is_ln_2(tmp_path: Path) -> None:
-    trainer = trl_trainer("dpo", tiny_llama(), tmp_path, peft_config=mixture_config())
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_the_first_dpo_loss_of_a_fresh_mixture_is_ln_2(dropout: float, tmp_path: Path) -> None:
+    config = mixture_config(expert_dropout=dropout, lora_dropout=dropout)
+    trainer = trl_trainer("dpo", tiny_llama(), tmp_path, peft_config=config)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
@@ -183,8 +185,10 @@ def test_the_first_dpo_loss_of_a_fresh_mixture_is_ln_2(tmp_path: Path) -> None:
         {"router_scope": "model"},
         {"router_type": "learned_with_maturity"},
         {"router_type": "fixed"},
+        {"expert_dropout": 0.4, "lora_dropout": 0.3},
+        {"expert_dropout": 0.4, "router_scope": "layer"},
     ],
-    ids=["sparse", "capacity", "layer", "model", "immature", "fixed"],
+    ids=["sparse", "capacity", "layer", "model", "immature", "fixed", "dropout", "layer_dropout"],
 )
 def test_the_first_dpo_loss_of_a_trained_mixture_is_ln_2(
     fields: dict[str, Any], tmp_path: Path
@@ -195,6 +199,13 @@ def test_the_first_dpo_loss_of_a_trained_mixture_is_ln_2(
     trainer = trl_trainer("dpo", model, tmp_path, per_device_train_batch_size=4)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_dropout_of_experts_that_trl_leaves_on_is_at_work(tmp_path: Path) -> None:
+    model = mixture(router_aux_loss_coef=0.0, expert_dropout=0.4)
+    trainer = trl_trainer("dpo", model, tmp_path, disable_dropout=False)
+    trainer.train()
+    assert abs(trainer.state.log_history[0]["loss"] - math.log(2)) > 1e-3
 
 
 def test_dpo_trains_the_mixture_and_leaves_its_reference_alone(tmp_path: Path) -> None:
