@@ -82,7 +82,7 @@ LOWEST_VENV ?= .venv-lowest
 test-matrix: test $(LOWEST_VENV)/.installed
 	$(LOWEST_VENV)/bin/python -m pytest -n $(WORKERS) --ignore=tests/demo --ignore=tests/cli \
 	  --ignore=moelora/demo --ignore=moelora/cli --ignore=tests/test_project.py \
-	  --ignore=tests/test_readme.py $(TEST_ARGS)
+	  --ignore=tests/docs $(TEST_ARGS)
 
 $(LOWEST_VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(LOWEST_VENV)
