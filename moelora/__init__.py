@@ -9,7 +9,13 @@ from moelora._peft import install, is_installed, uninstall
 from moelora.callbacks import MoETrainerCallback
 from moelora.composition import ComposedExpert, Composition, compose, freeze_experts
 from moelora.config import MoELoraConfig
-from moelora.description import DescribedExpert, DescribedRouter, Description, describe
+from moelora.description import (
+    DescribedExpert,
+    DescribedRouter,
+    Description,
+    ExpertLoad,
+    describe,
+)
 from moelora.distance import RoutedDistance
 from moelora.errors import (
     AuxLossError,
@@ -56,6 +62,7 @@ __all__ = [
     "DescribedExpert",
     "DescribedRouter",
     "Description",
+    "ExpertLoad",
     "ExpertManager",
     "ExpertRecord",
     "ExportedExpert",

@@ -5,7 +5,8 @@ import json
 import math
 import os
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,29 @@ from torch import Tensor
 from moelora import _peft
 from moelora.adapter_folder import ROUTER_KEY, Locator
 from moelora.config import MoELoraConfig
-from moelora.errors import UnsupportedLayerError
+from moelora.errors import ReportError, UnsupportedLayerError
 from moelora.expert_folders import ExpertPlace, SavedModel, find_experts
 from moelora.expert_tensors import Expert, LoraPair, adapter_locator, read_experts
+from moelora.report.results import RoutingReport
 from moelora.router_file import ROUTER_FILE, read_router_file, read_tensors
 from moelora.stacking import used_ranks
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """How much of a text an expert served: its share of the routing weight.
+
+    Attributes:
+        mean: over the routers and all tokens; the means of all experts sum to 1.
+        lowest: in the router that uses it least.
+        highest: in the router that uses it most.
+        domains: as ``mean``, for the tokens of each domain.
+    """
+
+    mean: float
+    lowest: float
+    highest: float
+    domains: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -36,6 +55,7 @@ class DescribedExpert:
         update_norm: Frobenius norm of its whole update, ``sqrt(sum_layers |scaling B A|^2)``;
             None if the adapter is more than A and B.
         mature: None if that is not tracked.
+        load: as measured; None where nothing was.
     """
 
     index: int
@@ -46,6 +66,7 @@ class DescribedExpert:
     parameters: int
     update_norm: float | None
     mature: bool | None
+    load: ExpertLoad | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +115,8 @@ class Description:
         bytes: of all tensor files.
         digests: SHA-256 of each tensor file, by its path in the folder.
         notes: what is unusual, one sentence each.
+        measured: the tokens of each domain that the loads were measured on; None where they were
+            not.
     """
 
     source: str
@@ -111,20 +134,28 @@ class Description:
     bytes: int
     digests: dict[str, str]
     notes: tuple[str, ...]
+    measured: dict[str, int] | None = None
 
 
-def describe(source: "str | os.PathLike[str]") -> Description:
+def describe(
+    source: "str | os.PathLike[str]", *, report: RoutingReport | None = None
+) -> Description:
     """Tell what a folder holds: experts, ranks, targets, router, sizes, maturity, digests.
 
     Serves mixtures, several adapters with or without an attached router, and plain LoRAs. Files are
     checked as when they are loaded; no base model is needed, and nothing is changed.
 
+    No file says how much an expert is used: that depends on the text. With a report of the same
+    experts on text of yours (:func:`moelora.routing_report`) the measured loads are told too.
+
     Args:
         source: a folder, or the hub id of one adapter.
+        report: what the routers of these experts did.
 
     Raises:
         CheckpointError: if there is no adapter, or a file is missing, damaged, or contradicts
             another.
+        ReportError: if the report is of other experts.
 
     Example:
         >>> describe("my-mixture").router.top_k  # doctest: +SKIP
@@ -134,6 +165,9 @@ def describe(source: "str | os.PathLike[str]") -> Description:
     first = saved.places[0].config
     notes: list[str] = []
     experts, pairs = _experts(saved, notes)
+    if report is not None:
+        loads = _loads(report, [expert.name for expert in experts])
+        experts = tuple(replace(e, load=load) for e, load in zip(experts, loads, strict=True))
     files = _files(source, saved)
     shapes = [_sizes(path) for name, path in files.items() if not name.endswith(ROUTER_FILE)]
     layers = {layer for expert in pairs for layer in expert.layers}
@@ -153,6 +187,38 @@ def describe(source: "str | os.PathLike[str]") -> Description:
         bytes=sum(path.stat().st_size for path in files.values()),
         digests={name: _digest(path) for name, path in files.items()},
         notes=tuple(notes),
+        measured=None if report is None else {each.name: each.tokens for each in report.domains},
+    )
+
+
+def _loads(report: RoutingReport, names: Sequence[str]) -> list[ExpertLoad]:
+    """The load of each expert of that name, or in that place where the report only numbers them."""
+    numbers = [f"E{index}" for index in range(len(names))]
+    if report.experts in (list(names), numbers):
+        places = list(range(len(names)))
+    elif sorted(report.experts) == sorted(names) and len(set(names)) == len(names):
+        places = [report.experts.index(name) for name in names]
+    else:
+        raise ReportError(
+            f"report must be of the experts {list(names)}, it is of {list(report.experts)}."
+        )
+    return [_load(report, place) for place in places]
+
+
+def _load(report: RoutingReport, place: int) -> ExpertLoad:
+    shares = [
+        router.load[router.experts.index(place)]
+        for router in report.routers
+        if place in router.experts
+    ]
+    return ExpertLoad(
+        mean=report.load[place],
+        lowest=min(shares, default=0.0),
+        highest=max(shares, default=0.0),
+        domains={
+            domain.name: load[place]
+            for domain, load in zip(report.domains, report.domain_load, strict=True)
+        },
     )
 
 

@@ -1,5 +1,6 @@
 """What a mixture's model card says: how to load it, and what is in it."""
 
+import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard
@@ -30,7 +31,7 @@ def add_to_model_card(folder: Path, mixtures: dict[str, MoELoraConfig]) -> None:
 
 
 def _section(mixtures: dict[str, MoELoraConfig]) -> str:
-    rows = [f"| `{name}` | {_experts(c)} | {_router(c)} |" for name, c in mixtures.items()]
+    rows = [f"| {_code(name)} | {_experts(c)} | {_router(c)} |" for name, c in mixtures.items()]
     return "\n".join(
         [
             "**Load this adapter with moelora:** "
@@ -44,7 +45,17 @@ def _section(mixtures: dict[str, MoELoraConfig]) -> str:
 
 
 def _experts(config: MoELoraConfig) -> str:
-    return f"{config.num_experts} LoRA experts of rank {config.r}"
+    told = f"{config.num_experts} LoRA experts of rank {config.r}"
+    if config.expert_names is None:
+        return told
+    return f"{told}: {', '.join(map(_code, config.expert_names))}"
+
+
+def _code(name: str) -> str:
+    """A name as code in a table's cell: a fence longer than any in it, and bars escaped."""
+    ticks = max(map(len, re.findall("`+", name)), default=0)
+    fence, space = "`" * (ticks + 1), " " * bool(ticks)
+    return f"{fence}{space}{' '.join(name.split())}{space}{fence}".replace("|", r"\|")
 
 
 def _router(config: MoELoraConfig) -> str:

@@ -13,9 +13,19 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from moelora import CheckpointError, Router, compose, describe, export_expert, mark_mature
+from moelora import (
+    CheckpointError,
+    ExpertLoad,
+    ReportError,
+    Router,
+    compose,
+    describe,
+    export_expert,
+    mark_mature,
+)
 from tests.adapters import CONFIG, save_lora
 from tests.lm import TARGETS, lora_layers, mixture, mixture_config, tiny_llama, two_loras
+from tests.report.tiny import made_up
 
 
 def _norm(model: Any, name: str, expert: int, number: int) -> float:
@@ -185,3 +195,28 @@ def test_scaling_counts_in_the_norm(tmp_path: Path) -> None:
         save_lora(tmp_path / str(alpha), lora_alpha=alpha)
         norms.append(describe(tmp_path / str(alpha)).experts[0].update_norm)
     assert norms[1] == pytest.approx(3 * norms[0])
+
+
+def test_the_loads_of_a_report_are_told(tmp_path: Path) -> None:
+    mixture(expert_names=["sql", "french", "shell"]).save_pretrained(tmp_path)
+    report = made_up()
+    assert all(expert.load is None for expert in describe(tmp_path).experts)
+    assert describe(tmp_path).measured is None
+    # one of the report's two routers has no expert 1
+    numbered = dataclasses.replace(report, experts=["E0", "E1", "E2"])
+    told = describe(tmp_path, report=numbered)
+    assert told.measured == {"a x": 10, "b x": 10}
+    first, second, _ = (expert.load for expert in told.experts)
+    assert first == ExpertLoad(0.45, 0.4, 0.5, {"a x": 0.6, "b x": 0.1})
+    assert second == ExpertLoad(0.125, 0.25, 0.25, {"a x": 0.3, "b x": 0.2})
+    # by name, whatever the order
+    named = dataclasses.replace(report, experts=["shell", "sql", "french"])
+    assert describe(tmp_path, report=named).experts[0].load == second
+
+
+def test_a_report_of_other_experts_is_refused(tmp_path: Path) -> None:
+    mixture(expert_names=["sql", "french", "shell"]).save_pretrained(tmp_path)
+    for experts in (["sql", "french"], ["sql", "french", "medical"], ["sql", "sql", "shell"]):
+        report = dataclasses.replace(made_up(), experts=experts)
+        with pytest.raises(ReportError, match="report must be of the experts"):
+            describe(tmp_path, report=report)

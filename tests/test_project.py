@@ -37,6 +37,7 @@ PUBLIC_NAMES = [
     "DescribedExpert",
     "DescribedRouter",
     "Description",
+    "ExpertLoad",
     "ExpertManager",
     "ExpertRecord",
     "ExportedExpert",

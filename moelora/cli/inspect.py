@@ -3,13 +3,17 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from moelora.cli.reading import add_reading_arguments, check_reading, run_text
+from moelora.errors import ConfigError
+
 if TYPE_CHECKING:
-    from moelora import DescribedExpert, DescribedRouter, Description
+    from moelora import DescribedExpert, DescribedRouter, Description, RoutingReport
 
 DESCRIPTION = """\
 Tell what a folder holds: experts, ranks, targets, router, sizes, maturity, digests. Serves
 mixtures, several adapters with or without an attached router, and plain LoRAs; nothing but the
-adapter's own files is needed."""
+adapter's own files is needed. How much each expert is used depends on the text: --data measures it
+on text of yours, with the base model."""
 _KINDS = {"mixture": "a mixture", "adapters": "several adapters", "lora": "a plain LoRA"}
 
 
@@ -27,6 +31,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument("mixture", help="folder or hub id")
+    add_reading_arguments(parser, required=False, max_tokens=4000)
     parser.add_argument("--json", action="store_true", help="print the description as JSON only")
 
 
@@ -38,13 +43,31 @@ def run(arguments: argparse.Namespace) -> int:
 
     Returns:
         0.
+
+    Raises:
+        ConfigError: if options about text come without text.
     """
     from moelora import describe
     from moelora.cli.printing import to_json
 
-    told = describe(arguments.mixture)
+    report = None
+    if arguments.data is not None:
+        report = _measured(arguments)
+    elif arguments.base is not None or arguments.field is not None:
+        raise ConfigError("--base and --field are for measuring loads and need --data.")
+    told = describe(arguments.mixture, report=report)
     print(to_json(told) if arguments.json else _told(told))
     return 0
+
+
+def _measured(arguments: argparse.Namespace) -> "RoutingReport":
+    from moelora.expert_folders import find_experts
+
+    names = find_experts(arguments.mixture).names
+    check_reading(arguments)
+    # names may repeat where several mixtures lie in one folder
+    distinct = names if len(set(names)) == len(names) else None
+    return run_text(arguments, [arguments.mixture], expert_names=distinct, permutations=1)
 
 
 def _told(told: "Description") -> str:
@@ -64,6 +87,8 @@ def _told(told: "Description") -> str:
     if told.router is not None and told.router.digest is not None:
         lines.append(f"digest       {told.router.digest}")
     lines += ["", table([_HEADINGS, *map(_row, told.experts)])]
+    if told.measured is not None:
+        lines += ["", *_loads(told, told.measured)]
     return "\n".join([*lines, *([""] if told.notes else []), *told.notes])
 
 
@@ -82,6 +107,32 @@ def _row(expert: "DescribedExpert") -> tuple[object, ...]:
         norm,
         mature,
     )
+
+
+def _loads(told: "Description", measured: "dict[str, int]") -> list[str]:
+    """Who served how much of the text, in percent."""
+    from moelora.cli.printing import table
+
+    tokens = sum(measured.values())
+    rows: list[tuple[object, ...]] = [("expert", "name", "load", "lowest", "highest", *measured)]
+    for expert in told.experts:
+        if expert.load is not None:
+            shares = (expert.load.mean, expert.load.lowest, expert.load.highest)
+            each = (*shares, *expert.load.domains.values())
+            rows.append((expert.index, expert.name, *(_Percent(share) for share in each)))
+    return [
+        f"Load in % of the routing weight, measured on {tokens:,} tokens: the mean over routers,",
+        "the lowest and the highest of a single router, and the mean in each domain",
+        "",
+        table(rows),
+    ]
+
+
+class _Percent(float):
+    """A share that is written in percent."""
+
+    def __str__(self) -> str:
+        return f"{100 * self:.1f}"
 
 
 def _router(router: "DescribedRouter | None") -> str:

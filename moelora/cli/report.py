@@ -2,12 +2,11 @@
 
 import argparse
 import json
-import os
 import re
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moelora.cli.reading import add_number, add_reading_arguments, check_reading, run_text
 from moelora.errors import ReportError
 
 if TYPE_CHECKING:
@@ -39,21 +38,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
         help="folder or hub id of a mixture; several are active together; a folder of adapters "
         "with an attached router stands for all of them",
     )
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        action="extend",
-        required=True,
-        metavar="NAME=PATH",
-        help="text of a domain: a .txt, .jsonl or .json file, or a folder of such; a folder "
-        "without NAME= holds one domain per file",
-    )
-    parser.add_argument(
-        "--field",
-        action="append",
-        metavar="NAME",
-        help="field of a record that holds the text; repeat it to join several (default: text)",
-    )
+    add_reading_arguments(parser, required=True, max_tokens=20_000)
     parser.add_argument(
         "--out",
         type=Path,
@@ -63,31 +48,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
     parser.add_argument(
         "--png", action="store_true", help="also write every plot as a PNG file (needs matplotlib)"
     )
-    parser.add_argument("--base", help="base model (default: the one that the mixture names)")
-    numbers = {
-        "max-tokens": (20_000, "most tokens of each domain"),
-        "max-length": (256, "most tokens of a passage, what the model reads at once"),
-        "batch": (8, "passages in a forward"),
-        "permutations": (20, "of the shuffled baseline"),
-        "seed": (0, "of the permutations"),
-    }
-    for name, (default, meaning) in numbers.items():
-        parser.add_argument(
-            f"--{name}",
-            type=int,
-            default=default,
-            metavar="N",
-            help=f"{meaning} (default: {default})",
-        )
+    add_number(parser, "permutations", 20, "of the shuffled baseline")
+    add_number(parser, "seed", 0, "of the permutations")
     parser.add_argument(
         "--layers", metavar="0,4,8-11", help="only these transformer blocks (default: all)"
-    )
-    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="of the base model (default: auto, as it was saved)",
     )
     parser.add_argument(
         "--training-log",
@@ -106,42 +70,26 @@ def run(arguments: argparse.Namespace) -> int:
 
     Returns:
         0.
+
+    Raises:
+        ReportError: if an option is out of range, or something cannot be read or written.
     """
     layers = None if arguments.layers is None else parse_numbers(arguments.layers)
     # every cheap check first: torch and transformers take seconds
-    from moelora.report.passages import read_domains
-    from moelora.report.writing import check_target
+    from moelora.report.writing import check_target, write_report
 
     check_target(arguments.out, pictures=arguments.png)
-    domains, sources = read_domains(arguments.data, fields=arguments.field or ("text",))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
-
-    # one bar is enough, and what transformers will rename is no concern of this user
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    from moelora.report.job import routing_report
-    from moelora.report.loading import load_mixture
-    from moelora.report.writing import write_report
-
-    loaded = load_mixture(
-        arguments.mixture, base=arguments.base, device=arguments.device, dtype=arguments.dtype
-    )
-    report = routing_report(
-        loaded.model,
-        loaded.tokenizer,
-        domains,
-        max_tokens=arguments.max_tokens,
-        max_length=arguments.max_length,
-        batch_size=arguments.batch,
+    for name, least in (("permutations", 1), ("seed", 0)):
+        if getattr(arguments, name) < least:
+            raise ReportError(f"--{name} must be at least {least}, got {getattr(arguments, name)}.")
+    check_reading(arguments)
+    report = run_text(
+        arguments,
+        arguments.mixture,
         layers=layers,
         permutations=arguments.permutations,
         seed=arguments.seed,
         training_log=arguments.training_log,
-        expert_names=loaded.expert_names,
-        model_name=loaded.name,
-        sources=sources,
-        show_progress=True,
     )
     files = write_report(report, arguments.out, pictures=arguments.png)
     _print(report, files, as_json=arguments.json)

@@ -173,7 +173,11 @@ def test_what_is_wrong_is_told_in_one_line_and_nothing_is_written(
         ([saved, "--data", data, "--device", "tpu9"], "--device tpu9 is not available"),
         ([saved, "--data", data, "--base", "no/where"], "The base model no/where cannot be"),
         ([saved, saved, "--data", data], "Adapters must have different names"),
-        ([saved, "--data", data, "--max-tokens", "0"], "max_tokens must be a whole number"),
+        ([saved, "--data", data, "--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),
+        ([saved, "--data", data, "--max-length", "-4"], "--max-length must be at least 1"),
+        ([saved, "--data", data, "--batch", "0"], "--batch must be at least 1"),
+        ([saved, "--data", data, "--permutations", "0"], "--permutations must be at least 1"),
+        ([saved, "--data", data, "--seed", "-1"], "--seed must be at least 0"),
         ([saved, "--data", data, "--training-log", "empty.txt"], "holds no loads"),
         ([saved, "--data", data, "--out", "empty.txt"], "must be a folder, or a file named"),
     ]
