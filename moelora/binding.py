@@ -50,6 +50,7 @@ def bind(base: nn.Module, peft_config: dict[str, Any]) -> RoutingScope:
         name: config.num_experts if isinstance(config, MoELoraConfig) else 1
         for name, config in peft_config.items()
     }
+    scope.input_groups = None
     lists = module_lists(base)
     two_stacks = is_encoder_decoder(base)
     shared: dict[str, dict[str, dict[str, Any]]] = {"layer": {}, "model": {}}

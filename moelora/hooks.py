@@ -135,6 +135,7 @@ def before_forward(
         decoder_token_mask=_mask(kwargs.get("decoder_attention_mask")) if masked else None,
         tape=tape,
         is_forward=True,
+        inputs=None if torch.compiler.is_compiling() else scope.shared_inputs(),
     )
     if weights is None:
         frame = _with_model_routing(base, frame, args, kwargs)
@@ -236,6 +237,7 @@ def after_forward(
     if frame is None or output is None:
         return None
     keep_cache(output, frame.first_pass_cache)
+    scope.learn(frame.inputs)
     if frame.tape is None:
         return None
     return add_auxiliary_loss(base, output, kwargs, tape=frame.tape, scope=scope)

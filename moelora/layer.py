@@ -17,7 +17,7 @@ from moelora.errors import RoutingWeightsError, UnsupportedLayerError
 from moelora.fused_layer import combine, fusable, is_plain_linear
 from moelora.ops import lora_combine, mix_ranks
 from moelora.places import reads_position_pairs
-from moelora.routed_layer import plan_of
+from moelora.routed_layer import planned_forward
 from moelora.routing import Routing
 from moelora.scope import Frame, LayerBinding, SharedRouting
 
@@ -72,12 +72,14 @@ def routed_forward(original: Any, layer: Any, x: Tensor, *args: Any, **kwargs: A
     if weights is None and frame is not None:
         weights = frame.weights
     if weights is None and not (args or kwargs) and (frame is None or not frame.adapters_off):
-        plan = plan_of(layer, x)
-        if plan is not None:
-            # in training without a gradient too, where capacity counts real tokens
-            is_told = frame is not None and (frame.tape is not None or layer.training)
-            mask = _token_mask(layer, x, frame) if is_told else None
-            return plan.run(layer, x, binding, frame, token_mask=mask)
+        # told in training without a gradient too, where capacity counts real tokens
+        is_told = frame is not None and (frame.tape is not None or layer.training)
+        output = planned_forward(
+            layer, x, binding, frame,
+            token_mask=lambda: _token_mask(layer, x, frame) if is_told else None,
+        )  # fmt: skip
+        if output is not None:
+            return output
     if frame is not None and frame.adapters_off and not layer.merged:
         for key in ("adapter_names", *_peft.VARIANT_KWARG_KEYS):
             kwargs.pop(key, None)

@@ -4,6 +4,7 @@ Everything such a layer needs is looked up once and kept as its plan; each call 
 nothing has changed. On a GPU a small layer's arithmetic takes less time than such look-ups do.
 """
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -11,12 +12,21 @@ from torch import Tensor, nn
 
 from moelora.decision import MixtureSpec, report
 from moelora.fused_layer import fusable, is_bare, is_traced
-from moelora.ops import RouterOptions, routed_linear, routed_linear_inference
+from moelora.ops import (
+    Member,
+    RoutedOutput,
+    RouterOptions,
+    explain,
+    routed_linears,
+    routed_linears_inference,
+)
 from moelora.ops.backend import SPARSE_FROM
 from moelora.ops.options import LossType
+from moelora.ops.routed_triton import MAX_MEMBERS
 from moelora.router import ModuleRouter
 from moelora.routing import Routing
-from moelora.scope import Frame, LayerBinding, TapeEntry
+from moelora.scope import Frame, LayerBinding, Tape, TapeEntry
+from moelora.shared_input import Ready, conditions_of
 
 _PLAN = "_moelora_plan"
 
@@ -41,13 +51,27 @@ class RoutedPlan:
         self.weight, self.bias = self.base._parameters["weight"], self.base._parameters.get("bias")
         lora_a, lora_b, _, router = self.parts
         self.owners = (lora_a, lora_b, router)
-        self.tensors = tuple(owner._parameters["weight"] for owner in self.owners)
+        self.tensors: tuple[Any, Any, Any] = (lora_a.weight, lora_b.weight, router.weight)
         self.dtypes = tuple(tensor.dtype for tensor in self.tensors)
         self.is_conv1d = type(self.base) is not nn.Linear
         # told to a layer by tests, which run the kernels in Triton's interpreter
         self.backend: str = layer.__dict__.get("_moelora_backend", "auto")
         #: whether the ops may leave unchosen experts out
         self.is_large = self.tensors[0].shape[0] > SPARSE_FROM * spec.top_k
+        choice = explain(
+            device=x.device.type,
+            dtype=x.dtype,
+            num_experts=spec.num_experts,
+            top_k=min(spec.top_k, spec.num_experts),
+            rank=lora_a.weight.shape[0] // spec.num_experts,
+            backend=self.backend,
+        )
+        self.uses_kernels = choice.backend == "triton"
+        #: layers of one kind may be computed together
+        self.kind = (
+            adapter, spec, self.scaling, self.dtypes, lora_a.weight.shape, router.mature is None,
+            self.backend,
+        )  # fmt: skip
         self._maturity: tuple[Tensor, int, bool] | None = None
         self._options: dict[tuple[bool, bool], RouterOptions] = {}
 
@@ -101,7 +125,12 @@ class RoutedPlan:
             and (bias is None or not (bias.requires_grad or bias.dtype is not self.dtype))
         )
 
-    def run(
+    def member(self) -> Member:
+        """What the ops are told of this layer."""
+        mature = self.parts[3]._buffers["mature"]
+        return Member(self.weight, self.bias, *self.tensors, mature, self.is_conv1d)
+
+    def compute(
         self,
         layer: Any,
         x: Tensor,
@@ -109,8 +138,8 @@ class RoutedPlan:
         frame: Frame | None,
         *,
         token_mask: Tensor | None,
-    ) -> Tensor:
-        """The layer's output, its decision reported.
+    ) -> RoutedOutput:
+        """The layer's result; those of layers that wait for the same input are kept for them.
 
         Args:
             layer: the LoRA layer, for which :meth:`holds`.
@@ -119,33 +148,95 @@ class RoutedPlan:
             frame: the current forward.
             token_mask: ``(tokens,)`` True for real tokens, or None.
         """
-        spec, training = self.spec, layer.training
+        training, spec = layer.training, self.spec
         tape = None if frame is None or binding is None else frame.tape
         takes = tape is not None and tape.takes(training=training, coefficient=spec.aux_loss_coef)
-        recorders = () if binding is None else binding.scope.recorders
-        looked_at = bool(recorders) or (takes and tape is not None and tape.observed)
         options = self._options.get((training, takes)) or self._make_options(training, takes)
-        mature = self.parts[3]._buffers["mature"]
-        if training or takes or torch.is_grad_enabled():
-            result = routed_linear(
-                x, self.weight, self.bias, *self.tensors, options=options, token_mask=token_mask,
-                mature=mature, is_conv1d=self.is_conv1d, record=looked_at, backend=self.backend,
-                all_mature=self._knows_all_mature(mature),
+        has_graph = training or takes or torch.is_grad_enabled()
+        inputs = None if frame is None or binding is None else frame.inputs
+        others: list[tuple[str, RoutedPlan]] = []
+        if inputs is not None and binding is not None and self.uses_kernels:
+            if inputs.watch is not None:
+                inputs.watch.see(binding.name, layer, x)
+            group = inputs.groups.get(binding.name)
+            # the sparse kernels share nothing in training
+            if group is not None and not (has_graph and self.is_large):
+                others = self._others(group, layer, x)
+        plans = [self, *(plan for _, plan in others)]
+        members = [plan.member() for plan in plans]
+        all_mature = self.is_large and all(plan.knows_all_mature() for plan in plans)
+        record = self._looks_on(binding, tape if takes else None)
+        if has_graph:
+            results = routed_linears(
+                x, members, options=options, token_mask=token_mask, record=record,
+                backend=self.backend, all_mature=all_mature,
             )  # fmt: skip
         else:
-            result = routed_linear_inference(
-                x, self.weight, self.bias, *self.tensors, options=options, mature=mature,
-                is_conv1d=self.is_conv1d, record=looked_at, backend=self.backend,
-                all_mature=self._knows_all_mature(mature),
+            results = routed_linears_inference(
+                x, members, options=options, record=record, backend=self.backend,
+                all_mature=all_mature,
             )  # fmt: skip
-        if not (recorders or takes) or binding is None:
+        if inputs is not None and others:
+            version, conditions = x._version, conditions_of(x)
+            for (name, plan), result in zip(others, results[1:], strict=True):
+                inputs.ready[name] = Ready(plan, result, x, version, conditions)
+        return results[0]
+
+    def _others(
+        self, group: tuple[tuple[str, Any], ...], layer: Any, x: Tensor
+    ) -> "list[tuple[str, RoutedPlan]]":
+        """The plans of those behind this layer in its group, if they are of one kind."""
+        others: list[tuple[str, RoutedPlan]] = []
+        position = next((n for n, (_, other) in enumerate(group) if other is layer), len(group))
+        # an inference tensor has no version, by which a change of it could be seen
+        if x.is_inference():
+            return others
+        for name, other in group[position + 1 : position + MAX_MEMBERS]:
+            # a hook before a layer may change what the layer is
+            if other.training != layer.training or other._forward_pre_hooks:
+                return others
+            plan = plan_of(other, x)
+            if plan is None or plan.kind != self.kind:
+                return others
+            others.append((name, plan))
+        return others
+
+    @staticmethod
+    def _looks_on(binding: LayerBinding | None, tape: Tape | None) -> bool:
+        """Whether somebody wants to see the decision."""
+        has_recorders = binding is not None and bool(binding.scope.recorders)
+        return has_recorders or (tape is not None and tape.observed)
+
+    def finish(
+        self,
+        result: RoutedOutput,
+        binding: LayerBinding | None,
+        frame: Frame | None,
+        *,
+        token_mask: Tensor | None,
+    ) -> Tensor:
+        """Report the layer's decision to those who want it, and return its output.
+
+        Args:
+            result: what :meth:`compute` gave, or kept for this layer.
+            binding: the layer's place in its model.
+            frame: the current forward.
+            token_mask: ``(tokens,)`` True for real tokens, or None.
+        """
+        if binding is None:
             return result.output
-        routing = None
-        if looked_at:
-            routing = _routing(result.router_logits, result.routing_weights, options.top_k)
-            for recorder in recorders:
+        spec, tape, routing = self.spec, None, None
+        if frame is not None and result.statistics is not None:
+            tape = frame.tape
+        if self._looks_on(binding, tape) and result.router_logits is not None:
+            routing = _routing(
+                result.router_logits,
+                result.routing_weights,
+                min(spec.top_k, spec.num_experts),
+            )
+            for recorder in binding.scope.recorders:
                 recorder.add(binding.name, routing)
-        if not takes or tape is None or frame is None or result.statistics is None:
+        if tape is None or frame is None or result.statistics is None:
             return result.output
         entry = TapeEntry(
             layer_name=binding.name,
@@ -160,10 +251,11 @@ class RoutedPlan:
         )
         return report(result.output, entry, tape)
 
-    def _knows_all_mature(self, mature: Tensor | None) -> bool:
+    def knows_all_mature(self) -> bool:
         """Whether no expert is young, as far as that is known without asking the GPU each time."""
-        if mature is None or not self.is_large:
-            return mature is None
+        mature = self.parts[3]._buffers["mature"]
+        if mature is None:
+            return True
         known = self._maturity
         if known is None or known[0] is not mature or known[1] != mature._version:
             if mature.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -189,6 +281,37 @@ class RoutedPlan:
 def _routing(logits: Any, weights: Any, top_k: int) -> Routing:
     """The decision that the op made, for those who look at it."""
     return Routing(logits, logits.softmax(dim=-1), weights, logits.topk(top_k, dim=-1).indices)
+
+
+def planned_forward(
+    layer: Any,
+    x: Tensor,
+    binding: LayerBinding | None,
+    frame: Frame | None,
+    *,
+    token_mask: Callable[[], Tensor | None],
+) -> Tensor | None:
+    """The layer's output if it can be routed in one op now, its decision reported; else None.
+
+    Args:
+        layer: a LoRA layer.
+        x: its input.
+        binding: the layer's place in its model.
+        frame: the current forward.
+        token_mask: tells which of the layer's tokens are real, ``(tokens,)``, or None.
+    """
+    if frame is not None and frame.inputs is not None and frame.inputs.ready and binding:
+        ready = frame.inputs.ready.get(binding.name)
+        if ready is not None and ready.is_for(x):
+            del frame.inputs.ready[binding.name]
+            plan: RoutedPlan = ready.plan
+            return plan.finish(ready.result, binding, frame, token_mask=token_mask())
+    found = plan_of(layer, x)
+    if found is None:
+        return None
+    mask = token_mask()
+    result = found.compute(layer, x, binding, frame, token_mask=mask)
+    return found.finish(result, binding, frame, token_mask=mask)
 
 
 def plan_of(layer: Any, x: Tensor) -> RoutedPlan | None:

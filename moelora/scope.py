@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from moelora.routing import Routing
+from moelora.shared_input import InputGroups, InputWatch, SharedInputs, without
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ class Frame:
     checkpointed: bool = False
     is_forward: bool = False
     outer: "Frame | None" = None
+    inputs: SharedInputs | None = None
 
 
 class _FrameStack(threading.local):
@@ -207,6 +209,7 @@ class RoutingScope:
         self.aux_loss_scale = aux_loss_scale
         self.known_arguments: frozenset[str] = frozenset()
         self.announced = announced
+        input_groups: layers that read the same input; None before a forward was watched.
         _scopes.add(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RoutingScope":
@@ -217,6 +220,7 @@ class RoutingScope:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RoutingScope, (self.aux_loss_scale, self.announced)
+        self.input_groups: InputGroups | None = None
 
     @property
     def top(self) -> Frame | None:
@@ -227,6 +231,24 @@ class RoutingScope:
     def push(self, frame: Frame) -> None:
         """Enter ``frame``."""
         self._frames.frames.append(replace(frame, outer=self.top))
+
+    def shared_inputs(self) -> SharedInputs:
+        """What a forward that begins may know of layers with the same input."""
+        groups = self.input_groups
+        return SharedInputs(groups or {}, InputWatch() if groups is None else None, {})
+
+    def learn(self, inputs: SharedInputs | None) -> None:
+        """A forward is over."""
+        if inputs is not None and inputs.watch is not None:
+            groups = inputs.watch.close()
+            if self.input_groups is None:
+                self.input_groups = groups
+        self.give_up(inputs)
+
+    def give_up(self, inputs: SharedInputs | None) -> None:
+        """Forget the groups of results that nobody took, in forwards that begin from now on."""
+        if inputs is not None and inputs.ready:
+            self.input_groups = without(self.input_groups or {}, inputs.ready)
 
     def pop(self) -> Frame | None:
         """Leave the top frame and return it."""
@@ -289,8 +311,12 @@ class ScopedCheckpoint:
         def run(weights: Tensor | None, *inputs: Any) -> Any:
             tensors, inner = inputs[: len(names)], inputs[len(names) :]
             shared = dict(zip(names, map(SharedRouting, tensors, columns), strict=True))
-            with self.scope.entered(replace(rest, weights=weights, shared=shared)):
-                return function(*inner)
+            shared_inputs = None if rest.inputs is None else rest.inputs.again()
+            frame = replace(rest, weights=weights, shared=shared, inputs=shared_inputs)
+            with self.scope.entered(frame):
+                output = function(*inner)
+            self.scope.give_up(shared_inputs)
+            return output
 
         tensors = [frame.shared[name].weights for name in names]
         return self.checkpoint(run, frame.weights, *tensors, *args, **kwargs)

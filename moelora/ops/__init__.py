@@ -8,12 +8,13 @@ in rank space, ``fused`` and ``routed`` together with the frozen layer they adap
 from moelora.ops.backend import Choice, explain
 from moelora.ops.eager import lora_combine, mix_ranks
 from moelora.ops.fused import combine_linear
-from moelora.ops.options import RoutedOutput, RouterOptions
+from moelora.ops.options import Member, RoutedOutput, RouterOptions
 from moelora.ops.reference import lora_combine_reference, routed_linear_reference
-from moelora.ops.routed import routed_linear, routed_linear_inference
+from moelora.ops.routed import routed_linear, routed_linears, routed_linears_inference
 
 __all__ = [
     "Choice",
+    "Member",
     "RoutedOutput",
     "RouterOptions",
     "combine_linear",
@@ -22,6 +23,7 @@ __all__ = [
     "lora_combine_reference",
     "mix_ranks",
     "routed_linear",
-    "routed_linear_inference",
     "routed_linear_reference",
+    "routed_linears",
+    "routed_linears_inference",
 ]

@@ -12,6 +12,7 @@ import triton
 from packaging.version import Version
 from torch import Tensor
 
+from moelora.ops import triton_decode as few
 from moelora.ops import triton_kernels as kernels
 from moelora.ops import triton_sparse as sparse
 
@@ -36,7 +37,7 @@ class Launcher:
 
     def __call__(
         self,
-        grid: tuple[int, ...],
+        grid: tuple[int, int, int],
         key: tuple[Any, ...],
         arguments: tuple[Any, ...],
         *,
@@ -45,7 +46,7 @@ class Launcher:
         """Launch the kernel.
 
         Args:
-            grid: programs along one or two axes.
+            grid: programs along each axis.
             key: all that the arguments may differ in besides values: sizes, dtypes, the device.
             arguments: every argument of the kernel in order, constants included; the first is a
                 tensor.
@@ -62,7 +63,7 @@ class Launcher:
             if grid[0] > 0:
                 # what Triton's own launch does once it has found the compiled kernel
                 compiled.run(
-                    grid[0], grid[1] if len(grid) > 1 else 1, 1,
+                    *grid,
                     torch._C._cuda_getCurrentRawStream(device.index), compiled.function,
                     compiled.packed_metadata, None, None, None, *arguments,
                 )  # fmt: skip
@@ -87,9 +88,9 @@ pack = Launcher(kernels._pack_fwd_kernel)
 count = Launcher(kernels._count_fwd_kernel)
 route = Launcher(kernels._route_fwd_kernel)
 route_backward = Launcher(kernels._route_bwd_kernel)
-scores = Launcher(kernels._scores_fwd_kernel)
-chosen = Launcher(kernels._chosen_fwd_kernel)
+scores = Launcher(few._scores_fwd_kernel)
+chosen = Launcher(few._chosen_fwd_kernel)
 down = Launcher(sparse._down_fwd_kernel)
 down_backward = Launcher(sparse._down_bwd_kernel)
 outer_backward = Launcher(sparse._outer_bwd_kernel)
-decode = Launcher(kernels._decode_fwd_kernel, num_warps=1)
+decode = Launcher(few._decode_fwd_kernel, num_warps=1)

@@ -1,7 +1,7 @@
 """What a routed op is told about its router, and what it gives."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -27,6 +27,28 @@ class RouterOptions:
     scaling: float
     capacity_factor: float | None = None
     loss_type: LossType | None = None
+
+
+class Member(NamedTuple):
+    """One of the frozen layers, with their mixtures, that read the same input.
+
+    Attributes:
+        base_weight: ``(d_out, d_in)``, or ``(d_in, d_out)`` of a ``Conv1D``; no gradient.
+        bias: ``(d_out,)`` or None; no gradient.
+        lora_a: ``(experts * r, d_in)``, contiguous.
+        lora_b: ``(d_out, experts * r)``, contiguous.
+        router: ``(experts, d_in)``, contiguous.
+        mature: ``(experts,)`` bool; while one is False all experts share every token. Or None.
+        is_conv1d: the base is a ``Conv1D``.
+    """
+
+    base_weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    router: Tensor
+    mature: Tensor | None = None
+    is_conv1d: bool = False
 
 
 @dataclass(frozen=True)

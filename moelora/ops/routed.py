@@ -1,13 +1,22 @@
-"""A linear layer routed by its own router: one signature, whichever implementation runs."""
+"""Linear layers routed by their own routers: one signature, whichever implementation runs."""
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from moelora.ops.backend import Choice, explain
-from moelora.ops.options import RoutedOutput, RouterOptions
+from moelora.ops.options import Member, RoutedOutput, RouterOptions
 from moelora.ops.products import base_product, wide_mm
 from moelora.ops.routed_eager import routed_linear_eager
 from moelora.ops.routed_sparse import RoutedLinearSparse
-from moelora.ops.routed_triton import RoutedLinear, accumulate, decode, pack, route, sizes_of
+from moelora.ops.routed_triton import (
+    RoutedLinears,
+    decode,
+    outputs_of,
+    pack,
+    route,
+    sizes_of,
+)
 
 #: Up to so many tokens two kernels read the parameters as they are, the chosen experts' B only.
 DECODE_TOKENS = 16
@@ -61,64 +70,113 @@ def routed_linear(
         >>> routed_linear(one, one, None, one, one, one, options=options).output
         tensor([[3.]])
     """
-    choice = _choice(x, lora_a, options, backend)
-    tensors = (x, base_weight, bias, lora_a, lora_b, router, token_mask)
-    if choice.backend == "triton":
-        # without a capacity padding is served too, but not counted: no slots are known for it
-        countable = token_mask is None or options.capacity_factor is not None
-        if choice.is_sparse and countable and (mature is None or all_mature):
-            result = RoutedLinearSparse.apply(*tensors, options, is_conv1d)
-        else:
-            result = RoutedLinear.apply(*tensors, mature, options, is_conv1d)
-        output, statistics, decision = result
-        logits, weights = decision.unbind() if record else (None, None)
-    else:
-        output, statistics, logits, weights = routed_linear_eager(
-            *tensors, mature, options, is_conv1d
-        )
+    member = Member(base_weight, bias, lora_a, lora_b, router, mature, is_conv1d)
+    return routed_linears(
+        x, (member,), options=options, token_mask=token_mask, record=record, backend=backend,
+        all_mature=all_mature,
+    )[0]  # fmt: skip
+
+
+def routed_linears(
+    x: Tensor,
+    members: Sequence[Member],
+    *,
+    options: RouterOptions,
+    token_mask: Tensor | None = None,
+    record: bool = False,
+    backend: str = "auto",
+    all_mature: bool = False,
+) -> list[RoutedOutput]:
+    """:func:`routed_linear` of several layers that read the same input, at less than their sum.
+
+    Args:
+        x: ``(*batch, d_in)``.
+        members: the layers; up to three share the kernels' work. Shapes but ``d_out``, and dtypes,
+            are the same for all, and all have maturity flags or none has.
+        options: how each router decides.
+        token_mask: as there, and all that follow.
+        record: as there.
+        backend: as there.
+        all_mature: as there.
+
+    Raises:
+        BackendError: if ``backend`` is unknown or cannot run here.
+
+    Example:
+        >>> import torch
+        >>> one, options = torch.ones(1, 1), RouterOptions(1, 1, 1.0, 2.0)
+        >>> first, second = Member(one, None, one, one, one), Member(-one, None, one, one, one)
+        >>> results = routed_linears(one, [first, second], options=options)
+        >>> [result.output.item() for result in results]
+        [3.0, 1.0]
+    """
+    choice = _choice(x, members[0], options, backend)
+    if choice.backend != "triton":
+        return [_eager(x, member, token_mask, options) for member in members]
+    # without a capacity padding is served too, but not counted: no slots are known for it
+    countable = token_mask is None or options.capacity_factor is not None
+    if choice.is_sparse and countable and (members[0].mature is None or all_mature):
+        return [_sparse(x, member, token_mask, options, record=record) for member in members]
+    number = len(members)
+    tensors = [tensor for member in members for tensor in member[:5]]
+    *results, decision = RoutedLinears.apply(x, token_mask, members, options, *tensors)
+    return [
+        _recorded(results[index], results[number + index], decision[index] if record else None)
+        for index in range(number)
+    ]
+
+
+def _recorded(output: Tensor, statistics: Tensor | None, decision: Tensor | None) -> RoutedOutput:
+    if decision is None:
+        return RoutedOutput(output, None, None, statistics)
+    return RoutedOutput(output, decision[0], decision[1], statistics)
+
+
+def _sparse(
+    x: Tensor, member: Member, token_mask: Tensor | None, options: RouterOptions, *, record: bool
+) -> RoutedOutput:
+    tensors = (x, *member[:5], token_mask)
+    output, statistics, decision = RoutedLinearSparse.apply(*tensors, options, member.is_conv1d)
+    return _recorded(output, statistics, decision[0] if record else None)
+
+
+def _eager(
+    x: Tensor, member: Member, token_mask: Tensor | None, options: RouterOptions
+) -> RoutedOutput:
+    output, statistics, logits, weights = routed_linear_eager(
+        x, *member[:5], token_mask, member.mature, options, member.is_conv1d
+    )
     return RoutedOutput(output, logits, weights, statistics)
 
 
-def _choice(x: Tensor, lora_a: Tensor, options: RouterOptions, backend: str) -> Choice:
+def _choice(x: Tensor, member: Member, options: RouterOptions, backend: str) -> Choice:
     return explain(
         device=x.device.type,
         dtype=x.dtype,
         num_experts=options.num_experts,
         top_k=options.top_k,
-        rank=lora_a.shape[0] // options.num_experts,
+        rank=member.lora_a.shape[0] // options.num_experts,
         backend=backend,
     )
 
 
-def routed_linear_inference(
+def routed_linears_inference(
     x: Tensor,
-    base_weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    router: Tensor,
+    members: Sequence[Member],
     *,
     options: RouterOptions,
-    mature: Tensor | None = None,
-    is_conv1d: bool = False,
     record: bool = False,
     backend: str = "auto",
     all_mature: bool = False,
-) -> RoutedOutput:
-    """:func:`routed_linear` without gradients, capacity and statistics.
+) -> list[RoutedOutput]:
+    """:func:`routed_linears` without gradients, capacity and statistics.
 
     On a GPU a few tokens take two kernels, which read the parameters as they are.
 
     Args:
         x: as there, and all that follow.
-        base_weight: as there.
-        bias: as there.
-        lora_a: as there.
-        lora_b: as there.
-        router: as there.
-        options: how the router decides; ``capacity_factor`` and ``loss_type`` must be None.
-        mature: as there.
-        is_conv1d: as there.
+        members: as there.
+        options: as there; ``capacity_factor`` and ``loss_type`` must be None.
         record: as there.
         backend: as there.
         all_mature: as there.
@@ -126,26 +184,31 @@ def routed_linear_inference(
     Raises:
         BackendError: if ``backend`` is unknown or cannot run here.
     """
-    choice = _choice(x, lora_a, options, backend)
+    choice = _choice(x, members[0], options, backend)
     if choice.backend != "triton":
-        tensors = (x, base_weight, bias, lora_a, lora_b, router, None, mature)
-        output, _, logits, weights = routed_linear_eager(*tensors, options, is_conv1d)
-        return RoutedOutput(output, logits, weights, None)
+        return [_eager(x, member, None, options) for member in members]
     flat = x.reshape(-1, x.shape[-1])
+    first = members[0]
+    decision: Tensor | None
     if 0 < flat.shape[0] <= DECODE_TOKENS:
-        output = base_product(x, base_weight, bias, is_conv1d=is_conv1d)
-        adapter = (lora_a, lora_b, router.to(lora_a.dtype))
-        is_sparse = choice.is_sparse and (mature is None or all_mature)
-        decision = decode(
-            flat, output, adapter, mature, options, record=record, is_sparse=is_sparse
-        )
+        outputs = [
+            base_product(x, member.base_weight, member.bias, is_conv1d=member.is_conv1d)
+            for member in members
+        ]
+        is_sparse = choice.is_sparse and (first.mature is None or all_mature)
+        decision = decode(flat, outputs, members, options, record=record, is_sparse=is_sparse)
+        lead = x.shape[:-1]
+        outputs = [output.view(*lead, output.shape[-1]) for output in outputs]
     else:
-        sizes = sizes_of(lora_a.shape[0], options.num_experts, lora_a.shape[1], x.dtype)
-        rows, lora_b = pack(x, lora_a, lora_b, router, sizes)
-        z = wide_mm(flat, rows.t())
-        decision, mixed, _ = route(z, None, mature, options, sizes, x.dtype)
-        output = accumulate(flat, base_weight, bias, mixed, lora_b, is_conv1d=is_conv1d)
-    output = output.view(*x.shape[:-1], output.shape[-1])
+        ranks, d_in = first.lora_a.shape
+        sizes = sizes_of(ranks, options.num_experts, d_in, x.dtype, len(members))
+        rows, lora_bs = pack(x, members, sizes)
+        matures = [member.mature for member in members]
+        decision, mixed, _ = route(wide_mm(flat, rows.t()), None, matures, options, sizes, x.dtype)
+        outputs = outputs_of(flat, members, mixed, lora_bs, x.shape)
     if not record or decision is None:
-        return RoutedOutput(output, None, None, None)
-    return RoutedOutput(output, decision[0], decision[1], None)
+        return [RoutedOutput(output, None, None, None) for output in outputs]
+    return [
+        RoutedOutput(output, own[0], own[1], None)
+        for output, own in zip(outputs, decision, strict=True)
+    ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moelora.ops.options import RouterOptions
+from moelora.ops.options import Member, RouterOptions
 from moelora.ops.products import wide_mm
 from moelora.ops.routed_triton import (
     BLOCK_M,
@@ -51,10 +51,11 @@ class RoutedLinearSparse(torch.autograd.Function):
         lora_b = lora_b.to(x.dtype)
         # the router's rows alone
         alone = sizes_of(0, options.num_experts, lora_a.shape[1], x.dtype)
-        rows, _ = pack(x, lora_a[:0], lora_b, router, alone)
+        member = Member(base_weight, bias, lora_a[:0], lora_b, router)
+        rows, _ = pack(x, [member], alone)
         slots = _new_slots(x.shape[0], options, sizes, x.device)
         decision, _, statistics = route(
-            wide_mm(x, rows.t()), token_mask, None, options, alone, x.dtype, slots=slots
+            wide_mm(x, rows.t()), token_mask, [None], options, alone, x.dtype, slots=slots
         )
         compact, wide = _down(x, lora_a, slots, decision, options, sizes)
         output = accumulate(x, base_weight, bias, wide, lora_b, is_conv1d=is_conv1d)
@@ -62,6 +63,8 @@ class RoutedLinearSparse(torch.autograd.Function):
             x, base_weight, lora_a, router, lora_b, compact, slots, decision, token_mask, statistics
         )
         ctx.mark_non_differentiable(decision)
+        if statistics is not None:
+            statistics = statistics[0]
         return output.view(*ctx.shape[:-1], output.shape[-1]), statistics, decision
 
     @staticmethod
@@ -87,7 +90,7 @@ class RoutedLinearSparse(torch.autograd.Function):
                 grad, lora_b, slots, decision, compact, ctx.options, sizes
             )
             saved = (compact, decision, token_mask, statistics)
-            route_backward(shares, saved, grad_statistics, ctx.options, sizes, grad_z=grad_z)
+            route_backward([shares], saved, [grad_statistics], ctx.options, sizes, grad_z=grad_z)
             if needs_a:
                 grad_a = torch.empty_like(lora_a)
                 _outer(x, grad_compact, slots, grad_a, sizes, strides=(sizes.d_in, 1))
@@ -95,9 +98,9 @@ class RoutedLinearSparse(torch.autograd.Function):
                 scores = grad_z[:, sizes.padded_ranks :]
                 grad_router = wide_mm(scores.t(), x)[: sizes.experts].to(ctx.dtypes[2])
             if needs_x:
-                rows = pack(x, lora_a, lora_b, router, sizes)[0]
-                used = rows[: sizes.grad_columns]
-                flat = input_gradient(grad, base_weight, grad_z, used, is_conv1d=ctx.is_conv1d)
+                member = Member(base_weight, None, lora_a, lora_b, router)
+                used = pack(x, [member], sizes)[0][: sizes.grad_columns]
+                flat = input_gradient([grad], [base_weight], [ctx.is_conv1d], grad_z, used)
                 grad_x = flat.view(ctx.shape)
         return grad_x, None, None, grad_a, grad_b, grad_router, None, None, None
 
@@ -137,7 +140,7 @@ def _down(
     wide = x.new_zeros(tokens, sizes.ranks)
     x = x.contiguous()
     launchers().down(
-        (blocks,),
+        (blocks, 1, 1),
         (*sizes.key, lora_a.dtype, x.dtype, x.device),
         (
             x, lora_a, slots, decision, compact, wide, tokens, sizes.d_in, sizes.experts,
@@ -164,7 +167,7 @@ def _down_backward(
     grad_compact = torch.empty_like(compact)
     shares = decision.new_zeros(tokens, sizes.experts)
     launchers().down_backward(
-        (_blocks(slots, sizes),),
+        (_blocks(slots, sizes), 1, 1),
         (*sizes.key, d_out, lora_b.dtype, grad.dtype, grad.device),
         (
             grad, lora_b, slots, decision, compact, grad_compact, grad_z, shares, tokens, d_out,
@@ -199,7 +202,7 @@ def _outer(
     block_n = 128 if _rank_block(sizes) <= 32 else 64
     rows = rows.contiguous()
     launchers().outer_backward(
-        (sizes.experts, -(-width // block_n)),
+        (sizes.experts, -(-width // block_n), 1),
         (*sizes.key, width, strides, output.dtype, rows.dtype, rows.device),
         (
             rows, compact, slots, output, width, sizes.rank, rows.stride(0), *strides,

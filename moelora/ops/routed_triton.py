@@ -1,36 +1,44 @@
-"""A linear layer routed by its own router, on the kernels of ``triton_kernels``.
+"""Linear layers routed by their own routers, on the kernels of ``triton_kernels``.
 
 One product gives ``A x`` and the router's scores; one kernel routes and scales (two in training,
 where capacity and statistics need sums over all tokens); one product accumulates the update into
-the base output. Backward is one kernel between the same products.
+the base output. Backward is one kernel between the same products. Layers that read the same input
+(query, key and value; gate and up) share all of it but the products with base weights and B.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moelora.ops.options import RouterOptions
+from moelora.ops.options import Member, RouterOptions
 from moelora.ops.products import base_gradient, base_product, update_first, wide_mm
 
 #: Slots of one expert that are multiplied together where only chosen experts are.
 BLOCK_M = 32
+#: Layers that may share one input's work: the kernels take so many pointers.
+MAX_MEMBERS = 3
 
 
 class Sizes:
     """Sizes of a layer's packed rows and of the kernels' blocks, worked out once per shape."""
 
-    def __init__(self, ranks: int, experts: int, d_in: int, *, is_split: bool) -> None:
-        self.ranks, self.experts, self.d_in = ranks, experts, d_in
+    def __init__(
+        self, ranks: int, experts: int, d_in: int, *, members: int, is_split: bool
+    ) -> None:
+        self.ranks, self.experts, self.d_in, self.members = ranks, experts, d_in, members
         self.is_split = is_split
         self.splits = 3 if is_split else 1
         self.rank = ranks // experts
         self.padded_ranks = _eights(ranks)
         self.padded_experts = _eights(experts)
-        self.rows = self.padded_ranks + self.splits * self.padded_experts
-        self.grad_columns = self.padded_ranks + self.padded_experts
+        # A and leading parts of the scores of one member after the other, then the other parts
+        self.width = self.padded_ranks + self.padded_experts
+        self.grad_columns = members * self.width
+        self.rows = members * (self.padded_ranks + self.splits * self.padded_experts)
         # at least the padded experts, whose gradients have to be written as zeros
         self.experts_block = max(8, _power_of_two(experts))
         self.rank_block = _power_of_two(self.rank) if self.rank else 0
@@ -38,7 +46,7 @@ class Sizes:
         self.block = 1024
         self.row_programs = self.rows * -(-d_in // self.block)
         self.backward_tokens = max(1, 4096 // (self.experts_block * max(1, self.rank_block)))
-        self.key = (ranks, experts, d_in, is_split)
+        self.key = (ranks, experts, d_in, members, is_split)
 
     def tokens_block(self, tokens: int) -> int:
         """Tokens per program: enough programs for the device, few enough partial sums to add."""
@@ -55,9 +63,14 @@ def _eights(number: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def sizes_of(ranks: int, experts: int, d_in: int, dtype: torch.dtype) -> Sizes:
-    """The sizes of a layer; with no ranks those of its router alone."""
-    return Sizes(ranks, experts, d_in, is_split=dtype != torch.float32)
+def sizes_of(ranks: int, experts: int, d_in: int, dtype: torch.dtype, members: int = 1) -> Sizes:
+    """The sizes of layers that share an input; with no ranks those of their routers alone."""
+    return Sizes(ranks, experts, d_in, members=members, is_split=dtype != torch.float32)
+
+
+def three(items: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """One argument per possible member; those that are not there repeat the first."""
+    return (*items, items[0], items[0])[:3]
 
 
 @functools.cache
@@ -68,58 +81,64 @@ def launchers() -> Any:
     return module
 
 
-def pack(
-    x: Tensor, lora_a: Tensor, lora_b: Tensor, router: Tensor, sizes: Sizes
-) -> tuple[Tensor, Tensor]:
-    """A and the router's rows as one matrix, and B, all in the dtype of the input."""
+def pack(x: Tensor, members: Sequence[Member], sizes: Sizes) -> tuple[Tensor, list[Tensor]]:
+    """A and the routers' rows as one matrix, and each B, all in the dtype of the input."""
     rows = x.new_empty(sizes.rows, sizes.d_in)
-    same = lora_b.dtype == x.dtype
-    b_out = lora_b if same else torch.empty_like(lora_b, dtype=x.dtype)
-    numel = 0 if same else lora_b.numel()
+    first = members[0]
+    lora_bs = [member.lora_b for member in members]
+    numels, b_programs, outs = (0, 0, 0), 0, lora_bs
+    if first.lora_b.dtype != x.dtype:
+        outs = [torch.empty_like(lora_b, dtype=x.dtype) for lora_b in lora_bs]
+        numels = three([lora_b.numel() for lora_b in lora_bs])
+        b_programs = -(-max(numels) // sizes.block)
+    lora_as, routers = [m.lora_a for m in members], [m.router for m in members]
     kernels = launchers()
     kernels.pack(
-        (sizes.row_programs + -(-numel // sizes.block),),
-        (*sizes.key, lora_a.dtype, lora_b.dtype, router.dtype, x.dtype, x.device, numel),
+        (sizes.row_programs + len(members) * b_programs, 1, 1),
+        (*sizes.key, first.lora_a.dtype, first.lora_b.dtype, first.router.dtype, x.dtype, x.device),
         (
-            lora_a, router, lora_b, rows, b_out, sizes.d_in, sizes.ranks, sizes.padded_ranks,
-            sizes.experts, sizes.padded_experts, sizes.row_programs, numel, sizes.is_split,
-            sizes.block,
+            *three(lora_as), *three(routers), *three(lora_bs), rows, *three(outs), sizes.d_in,
+            sizes.ranks, sizes.padded_ranks, sizes.experts, sizes.padded_experts,
+            sizes.row_programs, b_programs, *numels, sizes.members, sizes.is_split, sizes.block,
         ),
-        aligned=kernels.is_aligned(lora_a, lora_b, router),
+        aligned=kernels.is_aligned(*lora_as, *routers, *lora_bs),
     )  # fmt: skip
-    return rows, b_out
+    return rows, outs
 
 
 def route(
     z: Tensor,
     token_mask: Tensor | None,
-    mature: Tensor | None,
+    matures: Sequence[Tensor | None],
     options: RouterOptions,
     sizes: Sizes,
     dtype: torch.dtype,
     *,
     slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Logits and weights, scaled ranks, and statistics of all tokens.
+    """Logits and weights, scaled ranks, and statistics of all tokens, member by member.
 
     Args:
         z: what the packed rows gave.
         token_mask: True for real tokens, or None.
-        mature: which experts are, or None.
-        options: how the router decides.
+        matures: which experts of each member are, or None.
+        options: how the routers decide.
         sizes: of the packed rows.
         dtype: of the scaled ranks.
-        slots: where to enter each expert's tokens; no ranks are scaled then.
+        slots: where to enter each expert's tokens; no ranks are scaled then. One member.
+
+    Returns:
+        ``(members, 2, tokens, experts)``, ``(members, tokens, ranks)``, ``(members, ...)`` or None.
     """
-    tokens, experts = z.shape[0], sizes.experts
+    tokens, experts, members = z.shape[0], sizes.experts, sizes.members
     block_t, block_e = sizes.tokens_block(tokens), sizes.experts_block
     blocks = max(1, -(-tokens // block_t))
-    decision = z.new_empty(2, tokens, experts)
-    mixed = z.new_empty(tokens, sizes.ranks, dtype=dtype)
+    decision = z.new_empty(members, 2, tokens, experts)
+    mixed = z.new_empty(members, tokens, sizes.ranks, dtype=dtype)
     capacity = options.capacity_factor
     has_capacity, has_statistics = capacity is not None, options.loss_type is not None
-    has_mask, has_mature = token_mask is not None, mature is not None
-    statistics = z.new_empty(sizes.statistics) if has_statistics else None
+    has_mask, has_mature = token_mask is not None, matures[0] is not None
+    statistics = z.new_empty(members, sizes.statistics) if has_statistics else None
     partial = z
     mask = z if token_mask is None else token_mask
     inverse = 1.0 / options.temperature
@@ -127,70 +146,83 @@ def route(
     key = (*sizes.key, options.top_k, block_t, has_mask, z.device)
     kernels = launchers()
     if has_capacity or has_statistics or slots is not None:
-        partial = z.new_empty(blocks, sizes.statistics)
+        partial = z.new_empty(members, blocks, sizes.statistics)
         kernels.count(
-            (blocks,),
+            (blocks, members, 1),
             key,
             (
                 z, mask, partial, tokens, experts, *place, inverse,
-                options.top_k, block_e, sizes.splits, has_mask, block_t,
+                options.top_k, block_e, sizes.splits, has_mask, block_t, members,
             ),
         )  # fmt: skip
     kernels.route(
-        (blocks,),
+        (blocks, members, 1),
         (*key, dtype, has_mature, has_capacity, has_statistics, slots is not None),
         (
-            z, mask, z if mature is None else mature, partial, decision, mixed,
+            z, mask, *(three(matures) if has_mature else (z, z, z)), partial, decision, mixed,
             z if statistics is None else statistics, z if slots is None else slots,
             tokens, experts, sizes.rank, sizes.ranks, *place, blocks, inverse,
             0.0 if capacity is None else capacity * options.top_k / experts, options.scaling,
             options.top_k, block_e, sizes.splits, has_mask, has_mature, has_capacity,
             has_statistics, block_t, min(128, _power_of_two(max(8, sizes.padded_ranks))),
-            max(1, min(64, 4096 // block_e)), 0 if slots is None else BLOCK_M,
+            max(1, min(64, 4096 // block_e)), 0 if slots is None else BLOCK_M, members,
         ),
     )  # fmt: skip
     return decision, mixed, statistics
 
 
 def route_backward(
-    grad_mixed: Tensor,
+    grad_mixed: Sequence[Tensor],
     saved: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    grad_statistics: Tensor | None,
+    grad_statistics: Sequence[Tensor | None],
     options: RouterOptions,
     sizes: Sizes,
     *,
     grad_z: Tensor | None = None,
 ) -> Tensor:
-    """The gradient of ``A x`` and of the router's scores, in the dtype of the input.
+    """The gradient of ``A x`` and of the routers' scores, in the dtype of the input.
 
     Args:
-        grad_mixed: the gradient of the scaled ranks; or ``q``, with ``grad_z``.
+        grad_mixed: the gradient of each member's scaled ranks; or ``q``, with ``grad_z``.
         saved: scaled ranks, decision, token mask and statistics.
-        grad_statistics: their gradient, or None.
-        options: how the router decides.
+        grad_statistics: their gradient for each member, or None.
+        options: how the routers decide.
         sizes: of the packed rows.
         grad_z: what holds the gradient of ``A x`` already and lacks that of the scores.
+
+    Returns:
+        ``(tokens, columns)``, the columns those of the packed rows without the later parts.
     """
     mixed, decision, token_mask, statistics = saved
-    tokens = decision.shape[1]
+    tokens = decision.shape[2]
     has_shares = grad_z is not None
     if grad_z is None:
         grad_z = mixed.new_empty(tokens, sizes.grad_columns)
-    has_statistics = statistics is not None and grad_statistics is not None
+    pulls: tuple[Any, Any, Any] = (decision, decision, decision)
+    has_statistics = False
+    if statistics is not None:
+        given = next((grad for grad in grad_statistics if grad is not None), None)
+        if given is not None:
+            has_statistics = True
+            pulls = three(
+                [
+                    given.new_zeros(given.shape) if g is None else g.contiguous()
+                    for g in grad_statistics
+                ]
+            )
     has_mask = token_mask is not None
     block_t = sizes.backward_tokens
     launchers().route_backward(
-        (-(-tokens // block_t),),
+        (-(-tokens // block_t), sizes.members, 1),
         (*sizes.key, options.top_k, mixed.dtype, has_mask, has_statistics, has_shares,
          mixed.device),
         (
-            grad_mixed, mixed, decision, decision if token_mask is None else token_mask,
-            statistics if has_statistics else decision,
-            grad_statistics.contiguous() if grad_statistics is not None else decision,
+            *three(grad_mixed), mixed, decision, decision if token_mask is None else token_mask,
+            statistics if has_statistics else decision, *pulls,
             grad_z, tokens, sizes.experts, sizes.rank, sizes.ranks, sizes.padded_ranks,
             sizes.padded_experts, sizes.grad_columns, 1.0 / options.temperature, options.scaling,
             options.top_k, sizes.experts_block, sizes.rank_block, has_mask, has_statistics, block_t,
-            has_shares,
+            has_shares, sizes.members,
         ),
     )  # fmt: skip
     return grad_z
@@ -212,140 +244,202 @@ def accumulate(
 
 
 def input_gradient(
-    grad: Tensor, base_weight: Tensor, grad_z: Tensor, rows: Tensor, *, is_conv1d: bool
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    are_conv1d: Sequence[bool],
+    grad_z: Tensor,
+    rows: Tensor,
 ) -> Tensor:
-    """The gradient of the input through base and update, in the order that passes less over it."""
-    if grad.is_cuda and update_first(base_weight.t(), None, is_conv1d=is_conv1d):
-        return (grad_z @ rows).addmm_(grad, base_weight)
-    return base_gradient(grad, base_weight, is_conv1d=is_conv1d).addmm_(grad_z, rows)
+    """The gradient of the input through bases and updates, in the order that passes less over it.
+
+    Args:
+        grads: of each member's output, ``(tokens, d_out)``.
+        weights: each member's base.
+        are_conv1d: which of them are a ``Conv1D``'s.
+        grad_z: of the packed products.
+        rows: the packed rows.
+    """
+    weights = [w.t() if is_conv1d else w for w, is_conv1d in zip(weights, are_conv1d, strict=True)]
+    if grads[0].is_cuda and update_first(weights[0].t(), None, is_conv1d=False):
+        total = grad_z @ rows
+        for grad, weight in zip(grads, weights, strict=True):
+            total.addmm_(grad, weight)
+        return total
+    total = base_gradient(grads[0], weights[0], is_conv1d=False)
+    for grad, weight in zip(grads[1:], weights[1:], strict=True):
+        total.addmm_(grad, weight)
+    return total.addmm_(grad_z, rows)
 
 
-class RoutedLinear(torch.autograd.Function):
-    """See :func:`moelora.ops.routed.routed_linear`."""
+class RoutedLinears(torch.autograd.Function):
+    """See :func:`moelora.ops.routed.routed_linears`.
+
+    The tensors are base weight, bias, A, B and router of one member after the other; the results
+    are all outputs, all statistics (or None), and the decisions.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        base_weight: Tensor,
-        bias: Tensor | None,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        router: Tensor,
         token_mask: Tensor | None,
-        mature: Tensor | None,
+        members: Sequence[Member],
         options: RouterOptions,
-        is_conv1d: bool,  # noqa: FBT001 - apply() takes no keywords
+        *_tensors: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         """Forward."""
         ctx.set_materialize_grads(False)
-        ctx.options, ctx.is_conv1d, ctx.shape = options, is_conv1d, x.shape
-        ctx.dtypes = (lora_a.dtype, lora_b.dtype, router.dtype)
-        ctx.sizes = sizes = sizes_of(lora_a.shape[0], options.num_experts, lora_a.shape[1], x.dtype)
+        first = members[0]
+        ctx.options, ctx.shape = options, x.shape
+        ctx.are_conv1d = [member.is_conv1d for member in members]
+        ctx.dtypes = (first.lora_a.dtype, first.lora_b.dtype, first.router.dtype)
+        ctx.sizes = sizes = sizes_of(
+            first.lora_a.shape[0], options.num_experts, x.shape[-1], x.dtype, len(members)
+        )
         x = x.reshape(-1, x.shape[-1])
-        rows, lora_b = pack(x, lora_a, lora_b, router, sizes)
+        rows, lora_bs = pack(x, members, sizes)
         z = wide_mm(x, rows.t())
-        decision, mixed, statistics = route(z, token_mask, mature, options, sizes, x.dtype)
-        output = accumulate(x, base_weight, bias, mixed, lora_b, is_conv1d=is_conv1d)
-        ctx.save_for_backward(x, base_weight, rows, lora_b, mixed, decision, token_mask, statistics)
+        matures = [member.mature for member in members]
+        decision, mixed, statistics = route(z, token_mask, matures, options, sizes, x.dtype)
+        outputs = outputs_of(x, members, mixed, lora_bs, ctx.shape)
+        weights = [member.base_weight for member in members]
+        ctx.save_for_backward(x, rows, mixed, decision, token_mask, statistics, *weights, *lora_bs)
         ctx.mark_non_differentiable(decision)
-        return output.view(*ctx.shape[:-1], output.shape[-1]), statistics, decision
+        each: Sequence[Tensor | None] = [None] * len(members)
+        if statistics is not None:
+            each = statistics.unbind()
+        return (*outputs, *each, decision)
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad: Tensor | None, grad_statistics: Tensor | None, *_: None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Backward."""
-        x, base_weight, rows, lora_b, *saved = ctx.saved_tensors
-        needs_x, _, _, needs_a, needs_b, needs_router = ctx.needs_input_grad[:6]
-        grad_x = grad_a = grad_b = grad_router = None
-        sizes = ctx.sizes
-        if grad is None:
-            grad = x.new_zeros(x.shape[0], lora_b.shape[0])
-        grad = grad.reshape(-1, lora_b.shape[0])
-        if needs_b:
-            grad_b = wide_mm(grad.t(), saved[0]).to(ctx.dtypes[1])
-        if needs_x or needs_a or needs_router:
-            grad_mixed = wide_mm(grad, lora_b)
-            grad_z = route_backward(grad_mixed, saved, grad_statistics, ctx.options, sizes)
-            if needs_a or needs_router:
-                grad_rows = wide_mm(grad_z.t(), x)
-                grad_a = grad_rows[: sizes.ranks].to(ctx.dtypes[0])
-                start = sizes.padded_ranks
-                grad_router = grad_rows[start : start + sizes.experts].to(ctx.dtypes[2])
-            if needs_x:
-                # the leading bits of the router's rows are all that the dtype of x can hold
-                used = rows[: sizes.grad_columns]
-                grad_x = input_gradient(grad, base_weight, grad_z, used, is_conv1d=ctx.is_conv1d)
-                grad_x = grad_x.view(ctx.shape)
-        return grad_x, None, None, grad_a, grad_b, grad_router, None, None, None, None
+        sizes, number = ctx.sizes, ctx.sizes.members
+        x, rows, *rest = ctx.saved_tensors
+        saved, weights, lora_bs = rest[:4], rest[4 : 4 + number], rest[4 + number :]
+        needs = ctx.needs_input_grad
+        grads = [
+            x.new_zeros(x.shape[0], lora_b.shape[0])
+            if grad is None
+            else grad.reshape(-1, lora_b.shape[0])
+            for grad, lora_b in zip(gradients[:number], lora_bs, strict=True)
+        ]
+        results: list[Tensor | None] = [None] * (4 + 5 * number)
+        for index, (grad, mixed) in enumerate(zip(grads, saved[0], strict=True)):
+            if needs[4 + 5 * index + 3]:
+                results[4 + 5 * index + 3] = wide_mm(grad.t(), mixed).to(ctx.dtypes[1])
+        needs_rows = any(needs[4 + 5 * i + 2] or needs[4 + 5 * i + 4] for i in range(number))
+        if not (needs[0] or needs_rows):
+            return tuple(results)
+        grad_mixed = [wide_mm(grad, lora_b) for grad, lora_b in zip(grads, lora_bs, strict=True)]
+        grad_z = route_backward(
+            grad_mixed, saved, gradients[number : 2 * number], ctx.options, sizes
+        )
+        if needs_rows:
+            grad_rows = wide_mm(grad_z.t(), x)
+            for index in range(number):
+                start = index * sizes.width
+                grad_a = grad_rows[start : start + sizes.ranks]
+                start += sizes.padded_ranks
+                grad_router = grad_rows[start : start + sizes.experts]
+                results[4 + 5 * index + 2] = grad_a.to(ctx.dtypes[0])
+                results[4 + 5 * index + 4] = grad_router.to(ctx.dtypes[2])
+        if needs[0]:
+            # the leading bits of the router's rows are all that the dtype of x can hold
+            used = rows[: sizes.grad_columns]
+            results[0] = input_gradient(grads, weights, ctx.are_conv1d, grad_z, used).view(
+                ctx.shape
+            )
+        return tuple(results)
+
+
+def outputs_of(
+    x: Tensor,
+    members: Sequence[Member],
+    mixed: Tensor,
+    lora_bs: Sequence[Tensor],
+    shape: torch.Size,
+) -> list[Tensor]:
+    """Each member's output, of the shape of the input but for its last axis."""
+    outputs = []
+    for member, ranks, lora_b in zip(members, mixed, lora_bs, strict=True):
+        output = accumulate(
+            x, member.base_weight, member.bias, ranks, lora_b, is_conv1d=member.is_conv1d
+        )
+        outputs.append(output.view(*shape[:-1], output.shape[-1]))
+    return outputs
 
 
 def decode(
     x: Tensor,
-    output: Tensor,
-    adapter: tuple[Tensor, Tensor, Tensor],
-    mature: Tensor | None,
+    outputs: Sequence[Tensor],
+    members: Sequence[Member],
     options: RouterOptions,
     *,
     record: bool,
     is_sparse: bool,
 ) -> Tensor | None:
-    """Route few tokens and add their update to ``output`` in place.
+    """Route few tokens and add each member's update to its output in place.
 
     Args:
         x: ``(tokens, d_in)``.
-        output: ``(tokens, d_out)``, what the base gave.
-        adapter: A, B and the router's rows, as they are.
-        mature: which experts are, or None.
-        options: how the router decides.
-        record: whether the decision is wanted.
+        outputs: ``(tokens, d_out)`` each, what the bases gave.
+        members: the layers.
+        options: how the routers decide.
+        record: whether the decision is wanted, ``(members, 2, tokens, experts)``.
         is_sparse: read A of the chosen experts only, after the scores are known: one kernel more,
             and for many experts less memory to read. No expert may be young.
     """
-    lora_a, lora_b, router = adapter
-    (tokens, d_out), (ranks, d_in) = output.shape, lora_a.shape
+    first, number = members[0], len(members)
+    lora_as, routers = [m.lora_a for m in members], [m.router for m in members]
+    lora_bs, matures = [m.lora_b for m in members], [m.mature for m in members]
+    if routers[0].dtype != lora_as[0].dtype:
+        routers = [router.to(lora_as[0].dtype) for router in routers]
+    tokens, (ranks, d_in) = x.shape[0], first.lora_a.shape
+    widths = [lora_b.shape[0] for lora_b in lora_bs]
     experts, top_k = options.num_experts, options.top_k
     rank, experts_block = ranks // experts, _power_of_two(experts)
-    z = x.new_empty(tokens, ranks + experts, dtype=torch.float32)
-    decision = z.new_empty(2, tokens, experts) if record else None
+    z = x.new_empty(tokens, number * (ranks + experts), dtype=torch.float32)
+    decision = z.new_empty(number, 2, tokens, experts) if record else None
     block_t = _power_of_two(tokens)
     block = min(_power_of_two(d_in), 4096 // block_t)
-    first = ranks if is_sparse else 0
+    first_row = ranks if is_sparse else 0
     kernels = launchers()
-    aligned = kernels.is_aligned(x, lora_a, router)
-    key = (ranks, experts, d_in, lora_a.dtype, x.dtype, x.stride(0), x.device)
+    aligned = kernels.is_aligned(x, *lora_as, *routers)
+    key = (ranks, experts, d_in, number, lora_as[0].dtype, x.dtype, x.stride(0), x.device)
     kernels.scores(
-        (ranks + experts - first,),
-        (*key, first, block_t),
+        (ranks + experts - first_row, number, 1),
+        (*key, first_row, block_t),
         (
-            x, lora_a, router, z, tokens, d_in, ranks, first, x.stride(0), z.stride(0), block_t,
-            block,
+            x, *three(lora_as), *three(routers), z, tokens, d_in, experts, ranks, first_row,
+            x.stride(0), z.stride(0), block_t, block, number,
         ),
         aligned=aligned,
     )  # fmt: skip
     if is_sparse:
         kernels.chosen(
-            (tokens, top_k * rank),
+            (tokens, top_k * rank, number),
             (*key, top_k),
             (
-                x, lora_a, z, d_in, experts, rank, ranks, x.stride(0), z.stride(0), top_k,
-                experts_block, min(_power_of_two(d_in), 4096),
+                x, *three(lora_as), z, d_in, experts, rank, ranks, x.stride(0), z.stride(0), top_k,
+                experts_block, min(_power_of_two(d_in), 4096), number,
             ),
             aligned=aligned,
         )  # fmt: skip
-    has_mature = mature is not None and not is_sparse
+    has_mature = matures[0] is not None and not is_sparse
     block_r = _power_of_two(rank)
     block_n = max(16, min(64, 1024 // block_r))
     kernels.decode(
-        (tokens, -(-d_out // block_n)),
-        (ranks, experts, d_out, top_k, lora_b.dtype, x.dtype, has_mature, record, x.device),
+        (tokens, -(-max(widths) // block_n), number),
         (
-            z, mature if has_mature else z, lora_b, output, z if decision is None else decision,
-            tokens, d_out, experts, rank, ranks, z.stride(0), 1.0 / options.temperature,
-            options.scaling, top_k, experts_block, block_r, has_mature, record, block_n,
+            ranks, experts, number, top_k, lora_bs[0].dtype, x.dtype, has_mature, record, x.device,
         ),
-        aligned=kernels.is_aligned(lora_b, output),
+        (
+            z, *(three(matures) if has_mature else (z, z, z)), *three(lora_bs), *three(outputs),
+            z if decision is None else decision, tokens, *three(widths), experts, rank, ranks,
+            z.stride(0), 1.0 / options.temperature, options.scaling, top_k, experts_block, block_r,
+            has_mature, record, block_n, number,
+        ),
+        aligned=kernels.is_aligned(*lora_bs, *outputs),
     )  # fmt: skip
     return decision

@@ -5,6 +5,10 @@ float32; first ``A x``, then the router's scores. A float32 router row meets a b
 sum of three bfloat16 rows (its leading, middle and trailing bits), so the scores keep float32
 accuracy on the matrix units.
 
+Up to three layers that read the same input (its members) share each launch; the last axis of the
+grid says whose program it is. ``z`` then holds ``A x`` and leading scores of one after the other,
+and behind them the scores' other parts, part by part.
+
 Shapes: ``T`` tokens, ``E`` experts, ``K`` experts per token, ``R`` rank of one expert.
 """
 
@@ -17,35 +21,66 @@ import triton.language as tl
 
 
 @triton.jit
+def _of(member, first, second, third, MEMBERS: tl.constexpr):
+    """What belongs to one member."""
+    mine = first
+    if MEMBERS > 1:
+        if member == 1:
+            mine = second
+    if MEMBERS > 2:
+        if member == 2:
+            mine = third
+    return mine
+
+
+@triton.jit(do_not_specialize=["b0_numel", "b1_numel", "b2_numel", "b_programs"])
 def _pack_fwd_kernel(
-    a_ptr,
-    router_ptr,
-    b_ptr,
+    a0_ptr,
+    a1_ptr,
+    a2_ptr,
+    router0_ptr,
+    router1_ptr,
+    router2_ptr,
+    b0_ptr,
+    b1_ptr,
+    b2_ptr,
     rows_ptr,
-    b_out_ptr,
+    b0_out_ptr,
+    b1_out_ptr,
+    b2_out_ptr,
     d_in,
     ranks,
     padded_ranks,
     experts,
     padded_experts,
     row_programs,
-    b_numel,
+    b_programs,
+    b0_numel,
+    b1_numel,
+    b2_numel,
+    MEMBERS: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Put A and the router's rows into one matrix, and B into the same dtype."""
+    """A and the router's rows of all members become one matrix; each B is cast to its dtype."""
     pid = tl.program_id(0)
     if pid < row_programs:
         blocks = tl.cdiv(d_in, BLOCK)
         row = pid // blocks
         cols = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
         inside = cols < d_in
-        is_a = row < ranks
-        a = tl.load(a_ptr + row * d_in + cols, mask=inside & is_a, other=0.0).to(tl.float32)
-        router_row = row - padded_ranks
-        part = router_row // padded_experts
-        expert = router_row % padded_experts
-        is_router = (router_row >= 0) & (expert < experts)
+        width = padded_ranks + padded_experts
+        later = row - MEMBERS * width
+        is_later = later >= 0
+        member = tl.where(is_later, later // padded_experts % MEMBERS, row // width)
+        own = row % width
+        is_a = (own < ranks) & (later < 0)
+        part = tl.where(is_later, later // (MEMBERS * padded_experts) + 1, 0)
+        expert = tl.where(is_later, later % padded_experts, own - padded_ranks)
+        a_ptr = _of(member, a0_ptr, a1_ptr, a2_ptr, MEMBERS)
+        a = tl.load(a_ptr + own * d_in + cols, mask=inside & is_a, other=0.0).to(tl.float32)
+        is_router = (expert >= 0) & (expert < experts)
+        router_ptr = _of(member, router0_ptr, router1_ptr, router2_ptr, MEMBERS)
         offset = expert * d_in + cols
         w = tl.load(router_ptr + offset, mask=inside & is_router, other=0.0).to(tl.float32)
         if SPLIT:
@@ -59,26 +94,31 @@ def _pack_fwd_kernel(
             mask=inside,
         )
     else:
-        element = (pid - row_programs).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        b = tl.load(b_ptr + element, mask=element < b_numel, other=0.0)
-        tl.store(b_out_ptr + element, b.to(b_out_ptr.dtype.element_ty), mask=element < b_numel)
+        member = (pid - row_programs) // b_programs
+        block = (pid - row_programs) % b_programs
+        element = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = element < _of(member, b0_numel, b1_numel, b2_numel, MEMBERS)
+        b = tl.load(_of(member, b0_ptr, b1_ptr, b2_ptr, MEMBERS) + element, mask=inside, other=0.0)
+        b_out_ptr = _of(member, b0_out_ptr, b1_out_ptr, b2_out_ptr, MEMBERS)
+        tl.store(b_out_ptr + element, b.to(b_out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _load_logits(
-    z_ptr, tokens, inside, z_stride, padded_ranks, experts, padded_experts, inverse_temperature,
-    E2: tl.constexpr, SPLITS: tl.constexpr,
+    z_ptr, tokens, inside, z_stride, member, padded_ranks, experts, padded_experts,
+    inverse_temperature, E2: tl.constexpr, SPLITS: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
     """``(block, E2)`` router logits of some tokens; -inf past the last expert."""
     cols = tl.arange(0, E2)
     real = cols < experts
-    base = z_ptr + tokens.to(tl.int64)[:, None] * z_stride + padded_ranks + cols[None, :]
-    logits = tl.zeros([tokens.shape[0], E2], dtype=tl.float32)
-    for part in tl.static_range(SPLITS):
+    there = inside[:, None] & real[None, :]
+    width = padded_ranks + padded_experts
+    base = z_ptr + tokens.to(tl.int64)[:, None] * z_stride + cols[None, :]
+    logits = tl.load(base + (member * width + padded_ranks), mask=there, other=0.0)
+    for part in tl.static_range(1, SPLITS):
         # the small parts first would round less; their order changes the last bit only
-        logits += tl.load(
-            base + part * padded_experts, mask=inside[:, None] & real[None, :], other=0.0
-        )
+        later = MEMBERS * width + ((part - 1) * MEMBERS + member) * padded_experts
+        logits += tl.load(base + later, mask=there, other=0.0)
     return tl.where(real[None, :], logits * inverse_temperature, float("-inf"))
 
 
@@ -132,14 +172,16 @@ def _count_fwd_kernel(
     SPLITS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    MEMBERS: tl.constexpr,
 ):
     """A block's sums: slots, first choices, probabilities, logsumexp squared, tokens."""
     pid = tl.program_id(0)
+    member = tl.program_id(1)
     tokens = pid * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = tokens < T
     logits = _load_logits(
-        z_ptr, tokens, inside, z_stride, padded_ranks, experts, padded_experts,
-        inverse_temperature, E2, SPLITS,
+        z_ptr, tokens, inside, z_stride, member, padded_ranks, experts, padded_experts,
+        inverse_temperature, E2, SPLITS, MEMBERS,
     )  # fmt: skip
     valid = inside
     if HAS_MASK:
@@ -152,7 +194,7 @@ def _count_fwd_kernel(
     probs = _softmax(logits, real)
     highest = tl.max(logits, axis=1)
     lse = tl.log(tl.sum(tl.exp(logits - highest[:, None]), axis=1)) + highest
-    row = partial_ptr + pid * (3 * E2 + 2)
+    row = partial_ptr + (member * tl.num_programs(0) + pid) * (3 * E2 + 2)
     tl.store(row + cols, tl.sum(chosen * counts[:, None], axis=0))
     tl.store(row + E2 + cols, tl.sum(first * counts[:, None], axis=0))
     tl.store(row + 2 * E2 + cols, tl.sum(probs * counts[:, None], axis=0))
@@ -210,12 +252,14 @@ def _store_slots(
 
 @triton.jit(
     do_not_specialize=["T", "blocks"],
-    do_not_specialize_on_alignment=["mask_ptr", "mature_ptr"],
+    do_not_specialize_on_alignment=["mask_ptr", "mature0_ptr", "mature1_ptr", "mature2_ptr"],
 )
 def _route_fwd_kernel(
     z_ptr,
     mask_ptr,
-    mature_ptr,
+    mature0_ptr,
+    mature1_ptr,
+    mature2_ptr,
     partial_ptr,
     decision_ptr,
     mixed_ptr,
@@ -243,19 +287,25 @@ def _route_fwd_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
     DISPATCH: tl.constexpr,
+    MEMBERS: tl.constexpr,
 ):
     """Softmax, top-k, capacity, renormalisation, and the scaled ranks ``expand(w) * (A x)``.
 
     With ``DISPATCH`` (tokens in a slot block of an expert, else 0) no rank is scaled; instead each
-    token is entered in the slots of its experts, see :func:`_store_slots`.
+    token is entered in the slots of its experts, see :func:`_store_slots`; for one member.
     """
     pid = tl.program_id(0)
+    member = tl.program_id(1)
+    partial_ptr += member * blocks * (3 * E2 + 2)
+    statistics_ptr += member * (3 * E2 + 2)
+    decision_ptr += member * 2 * T.to(tl.int64) * experts
+    mixed_ptr += member * T.to(tl.int64) * ranks
     tokens = pid * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = tokens < T
     cols = tl.arange(0, E2)
     logits = _load_logits(
-        z_ptr, tokens, inside, z_stride, padded_ranks, experts, padded_experts,
-        inverse_temperature, E2, SPLITS,
+        z_ptr, tokens, inside, z_stride, member, padded_ranks, experts, padded_experts,
+        inverse_temperature, E2, SPLITS, MEMBERS,
     )  # fmt: skip
     real = (cols < experts)[None, :] & inside[:, None]
     probs = _softmax(logits, real)
@@ -298,6 +348,7 @@ def _route_fwd_kernel(
         weights = tl.where(keep, probs, 0.0)
     else:
         weights = _softmax(logits, keep)
+    mature_ptr = _of(member, mature0_ptr, mature1_ptr, mature2_ptr, MEMBERS)
     weights = tl.where(_all_mature(mature_ptr, experts, E2, HAS_MATURE) > 0, weights, probs)
     weights_ptr = decision_ptr + T.to(tl.int64) * experts
     offsets = tokens.to(tl.int64)[:, None] * experts + cols[None, :]
@@ -307,6 +358,7 @@ def _route_fwd_kernel(
         return
     # the weights just written are read back by rank; the barrier makes them seen
     tl.debug_barrier()
+    z_ptr += member * (padded_ranks + padded_experts)
     for start in range(0, padded_ranks, BLOCK_R):
         rank_cols = start + tl.arange(0, BLOCK_R)
         there = inside[:, None] & (rank_cols < ranks)[None, :]
@@ -330,15 +382,25 @@ def _route_fwd_kernel(
 
 @triton.jit(
     do_not_specialize=["T"],
-    do_not_specialize_on_alignment=["mask_ptr", "statistics_ptr", "grad_statistics_ptr"],
+    do_not_specialize_on_alignment=[
+        "mask_ptr",
+        "statistics_ptr",
+        "grad_statistics0_ptr",
+        "grad_statistics1_ptr",
+        "grad_statistics2_ptr",
+    ],
 )
 def _route_bwd_kernel(
-    grad_mixed_ptr,
+    grad_mixed0_ptr,
+    grad_mixed1_ptr,
+    grad_mixed2_ptr,
     mixed_ptr,
     decision_ptr,
     mask_ptr,
     statistics_ptr,
-    grad_statistics_ptr,
+    grad_statistics0_ptr,
+    grad_statistics1_ptr,
+    grad_statistics2_ptr,
     grad_z_ptr,
     T,
     experts,
@@ -356,13 +418,24 @@ def _route_bwd_kernel(
     HAS_STATISTICS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     HAS_SHARES: tl.constexpr,
+    MEMBERS: tl.constexpr,
 ):
     """From the gradient of the scaled ranks to those of ``A x`` and of the router's scores.
 
     With ``q[e]`` the sum of gradient times scaled rank, the logits' gradient is ``q - w sum(q)``
     (``p`` instead of ``w`` for K = 1): no division by a weight, and none is needed at weight 0.
-    With ``HAS_SHARES`` the first pointer holds ``q`` itself, and only the scores are left to do.
+    With ``HAS_SHARES`` (one member) the first pointer holds ``q`` itself, and only the scores are
+    left to do.
     """
+    member = tl.program_id(1)
+    grad_mixed_ptr = _of(member, grad_mixed0_ptr, grad_mixed1_ptr, grad_mixed2_ptr, MEMBERS)
+    mixed_ptr += member * T.to(tl.int64) * ranks
+    decision_ptr += member * 2 * T.to(tl.int64) * experts
+    statistics_ptr += member * (3 * E2 + 2)
+    grad_statistics_ptr = _of(
+        member, grad_statistics0_ptr, grad_statistics1_ptr, grad_statistics2_ptr, MEMBERS
+    )
+    grad_z_ptr += member * (padded_ranks + padded_experts)
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = tokens < T
     cols = tl.arange(0, E2)
@@ -417,161 +490,3 @@ def _route_bwd_kernel(
     columns = (cols < padded_experts)[None, :] & inside[:, None]
     scores = row[:, None] + padded_ranks + cols[None, :]
     tl.store(scores, grad_logits.to(out_dtype), mask=columns)
-
-
-@triton.jit(do_not_specialize=["T"])
-def _scores_fwd_kernel(
-    x_ptr,
-    a_ptr,
-    router_ptr,
-    z_ptr,
-    T,
-    d_in,
-    ranks,
-    first_row,
-    x_stride,
-    z_stride,
-    T2: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """``A x`` and the router's scores of few tokens, one row of A or of the router per program.
-
-    Rows are counted from ``first_row`` on; those of the router follow those of A.
-    """
-    row = tl.program_id(0) + first_row
-    tokens = tl.arange(0, T2)
-    total = tl.zeros([T2, BLOCK], dtype=tl.float32)
-    if row < ranks:
-        row_ptr = a_ptr + row.to(tl.int64) * d_in
-    else:
-        row_ptr = router_ptr + (row - ranks).to(tl.int64) * d_in
-    for start in range(0, d_in, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        inside = cols < d_in
-        w = tl.load(row_ptr + cols, mask=inside, other=0.0)
-        x = tl.load(
-            x_ptr + tokens[:, None] * x_stride + cols[None, :],
-            mask=(tokens < T)[:, None] & inside[None, :],
-            other=0.0,
-        )
-        total += x.to(tl.float32) * w.to(tl.float32)[None, :]
-    tl.store(z_ptr + tokens * z_stride + row, tl.sum(total, axis=1), mask=tokens < T)
-
-
-@triton.jit
-def _chosen_fwd_kernel(
-    x_ptr,
-    a_ptr,
-    z_ptr,
-    d_in,
-    experts,
-    rank,
-    ranks,
-    x_stride,
-    z_stride,
-    K: tl.constexpr,
-    E2: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """``A x`` for the experts that a token's scores choose, one row of A per program."""
-    token = tl.program_id(0)
-    choice = tl.program_id(1) // rank
-    row = tl.program_id(1) % rank
-    cols = tl.arange(0, E2)
-    z_row = z_ptr + token * z_stride
-    rest = tl.load(z_row + ranks + cols, mask=cols < experts, other=float("-inf"))
-    expert = tl.argmax(rest, axis=0)
-    for number in tl.static_range(1, K):
-        rest = tl.where(cols == expert, float("-inf"), rest)
-        expert = tl.where(number <= choice, tl.argmax(rest, axis=0), expert)
-    # NaN scores may name a padded expert
-    expert = tl.minimum(expert, experts - 1)
-    total = tl.zeros([BLOCK], dtype=tl.float32)
-    for start in range(0, d_in, BLOCK):
-        offset = start + tl.arange(0, BLOCK)
-        inside = offset < d_in
-        a_row = a_ptr + (expert * rank + row).to(tl.int64) * d_in
-        a = tl.load(a_row + offset, mask=inside, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + token * x_stride + offset, mask=inside, other=0.0).to(tl.float32)
-        total += a * x
-    tl.store(z_row + expert * rank + row, tl.sum(total, axis=0))
-
-
-@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["mature_ptr"])
-def _decode_fwd_kernel(
-    z_ptr,
-    mature_ptr,
-    b_ptr,
-    output_ptr,
-    decision_ptr,
-    T,
-    d_out,
-    experts,
-    rank,
-    ranks,
-    z_stride,
-    inverse_temperature,
-    scaling,
-    K: tl.constexpr,
-    E2: tl.constexpr,
-    R2: tl.constexpr,
-    HAS_MATURE: tl.constexpr,
-    RECORD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Route one token and add its experts' update to one block of outputs; reads only their B."""
-    token = tl.program_id(0)
-    outputs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = outputs < d_out
-    cols = tl.arange(0, E2)
-    within = tl.arange(0, R2)
-    real = cols < experts
-    z_row = z_ptr + token * z_stride
-    logits = tl.load(z_row + ranks + cols, mask=real, other=0.0) * inverse_temperature
-    logits = tl.where(real, logits, float("-inf"))
-    highest = tl.max(logits, axis=0)
-    everything = tl.sum(tl.exp(logits - highest), axis=0)
-    mature = _all_mature(mature_ptr, experts, E2, HAS_MATURE)
-    where = output_ptr + token.to(tl.int64) * d_out + outputs
-    base = tl.load(where, mask=inside, other=0.0).to(tl.float32)
-    b_rows = b_ptr + outputs.to(tl.int64)[:, None] * ranks
-    total = tl.zeros([BLOCK_N], dtype=tl.float32)
-    kept = 0.0
-    rest = logits
-    for _ in tl.static_range(K):
-        expert = tl.argmax(rest, axis=0)
-        share = tl.exp(tl.max(rest, axis=0) - highest)
-        kept += share
-        rest = tl.where(cols == expert, float("-inf"), rest)
-        # NaN scores may name a padded expert
-        mine = (within < rank) & (expert < experts)
-        columns = expert * rank + within
-        z = tl.load(z_row + columns, mask=mine, other=0.0) * share
-        b = tl.load(b_rows + columns[None, :], mask=inside[:, None] & mine[None, :], other=0.0)
-        total += tl.sum(b.to(tl.float32) * z[None, :], axis=1)
-    if HAS_MATURE:
-        # the young share with all others
-        for _ in range(tl.where(mature > 0, 0, experts - K)):
-            expert = tl.argmax(rest, axis=0)
-            share = tl.exp(tl.max(rest, axis=0) - highest)
-            rest = tl.where(cols == expert, float("-inf"), rest)
-            mine = (within < rank) & (expert < experts)
-            columns = expert * rank + within
-            z = tl.load(z_row + columns, mask=mine, other=0.0) * share
-            b = tl.load(b_rows + columns[None, :], mask=inside[:, None] & mine[None, :], other=0.0)
-            total += tl.sum(b.to(tl.float32) * z[None, :], axis=1)
-    divisor = everything
-    if K > 1:
-        divisor = tl.where(mature > 0, kept, everything)
-    tl.store(
-        where,
-        (base + total * (scaling / divisor)).to(output_ptr.dtype.element_ty),
-        mask=inside,
-    )
-    if RECORD:
-        if tl.program_id(1) == 0:
-            chosen = (rest == float("-inf")) | (mature == 0)
-            weights = tl.where(chosen, tl.exp(logits - highest) / divisor, 0.0)
-            row = decision_ptr + token * experts + cols
-            tl.store(row, logits, mask=real)
-            tl.store(row + T * experts, weights, mask=real)

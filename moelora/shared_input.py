@@ -1,0 +1,120 @@
+"""Layers that read the same input (query, key and value; gate and up): found, then served together.
+
+Which layers those are is not told by names: one forward is watched for layers that get the very
+same tensor one after the other. From then on the first of them computes for all, and the others
+take what is ready, if they are called with that tensor. Where one is not, its group is given up.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moelora.ops import RoutedOutput
+
+#: Names and layers of a group, by the name of each of its layers.
+InputGroups = Mapping[str, tuple[tuple[str, Any], ...]]
+
+
+class InputWatch:
+    """Watches one forward for layers with the same input."""
+
+    def __init__(self) -> None:
+        self._input: tuple[Tensor, int] | None = None
+        self._run: dict[str, Any] = {}
+        self._seen: set[str] = set()
+        self._groups: dict[str, tuple[tuple[str, Any], ...]] = {}
+        self._closed = False
+
+    def see(self, name: str, layer: Any, x: Tensor) -> None:
+        """A layer is called.
+
+        Args:
+            name: the layer's name in its model.
+            layer: it.
+            x: its input.
+        """
+        # a recomputation in backward comes after the forward and repeats it
+        if self._closed or x.is_inference():
+            return
+        last = self._input
+        if last is None or last[0] is not x or last[1] != x._version or name in self._seen:
+            self._end_run()
+            self._input = (x, x._version)
+        self._run[name] = layer
+        self._seen.add(name)
+
+    def _end_run(self) -> None:
+        if len(self._run) > 1:
+            self._groups.update(dict.fromkeys(self._run, tuple(self._run.items())))
+        self._run = {}
+
+    def close(self) -> InputGroups | None:
+        """The forward is over: each layer's group; None if no layer was seen."""
+        self._end_run()
+        self._input, self._closed = None, True
+        return self._groups if self._seen else None
+
+
+def without(groups: InputGroups, names: Mapping[str, Any]) -> InputGroups:
+    """The groups in which none of the named layers is.
+
+    Example:
+        >>> pair = (("q", 1), ("k", 2))
+        >>> without({"q": pair, "k": pair}, {"k": None})
+        {}
+    """
+    return {
+        name: members
+        for name, members in groups.items()
+        if not any(member in names for member, _ in members)
+    }
+
+
+@dataclass(frozen=True)
+class SharedInputs:
+    """What one forward knows of layers with the same input.
+
+    Attributes:
+        groups: as they were when the forward began: a block that is recomputed must do the same.
+        watch: looks for them, where they are not known yet.
+        ready: results that wait for their layer's call, by its name.
+    """
+
+    groups: InputGroups
+    watch: InputWatch | None
+    ready: "dict[str, Ready]"
+
+    def again(self) -> "SharedInputs":
+        """The same for one run of a block on its own."""
+        return SharedInputs(self.groups, self.watch, {})
+
+
+class Ready(NamedTuple):
+    """A layer's result, computed with that of another.
+
+    Attributes:
+        plan: the layer's plan.
+        result: what it gives.
+        x: for this input.
+        version: as it was then.
+        conditions: under which it was computed.
+    """
+
+    plan: Any
+    result: RoutedOutput
+    x: Tensor
+    version: int
+    conditions: tuple[Any, ...]
+
+    def is_for(self, x: Tensor) -> bool:
+        """Whether a call with ``x``, now, is the one this was made for."""
+        return x is self.x and x._version == self.version and self.conditions == conditions_of(x)
+
+
+def conditions_of(x: Tensor) -> tuple[Any, ...]:
+    """What a result depends on besides tensors: gradients, and the stream that computes it."""
+    stream = torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else None
+    return torch.is_grad_enabled(), stream

@@ -1,0 +1,44 @@
+"""Layers that read one input, on the kernels together, against each layer's definition."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moelora.ops import Member, RouterOptions, routed_linear, routed_linears
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_kernels_serve_layers_with_one_input_together_with_all_gradients() -> None:
+    pytest.importorskip("triton")
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.ops.shared_cases"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+
+
+def test_layers_served_together_equal_each_layer_alone() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 6)
+    options = RouterOptions(3, 2, 1.0, 2.0, 1.25, "aux_loss")
+    members = [
+        Member(
+            torch.randn(width, 6), None, torch.randn(6, 6), torch.randn(width, 6), torch.randn(3, 6)
+        )
+        for width in (4, 7)
+    ]
+    for member, together in zip(members, routed_linears(x, members, options=options), strict=True):
+        alone = routed_linear(x, *member[:5], options=options)
+        assert torch.equal(together.output, alone.output)
+        assert torch.equal(together.statistics, alone.statistics)

@@ -1,0 +1,172 @@
+"""Whole models whose layers share an input's work; run as a script, in Triton's interpreter.
+
+TRITON_INTERPRET=1 python -m tests.shared_input_cases
+
+Prints one line per case: its name and how many layers were served by another one's call.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from moelora import MoELoraConfig, record_routing
+from moelora.routed_layer import RoutedPlan
+from tests.lm import tiny_llama, tiny_t5
+
+served = 0
+
+
+def count_served() -> None:
+    """Count the layers that take what another call computed."""
+    computed = RoutedPlan.compute
+    finished = RoutedPlan.finish
+
+    def compute(*args: Any, **kwargs: Any) -> Any:
+        global served  # noqa: PLW0603 - a script
+        result = computed(*args, **kwargs)
+        served -= 1
+        return result
+
+    def finish(*args: Any, **kwargs: Any) -> Any:
+        global served  # noqa: PLW0603 - a script
+        served += 1
+        return finished(*args, **kwargs)
+
+    RoutedPlan.compute, RoutedPlan.finish = compute, finish  # type: ignore[method-assign]
+
+
+def mixture(base: nn.Module, **changes: Any) -> PeftModel:
+    """A mixture on every linear layer, far from its start."""
+    settings = {"num_experts": 3, "top_k_experts": 2, "r": 2, "target_modules": "all-linear"}
+    model = get_peft_model(base, MoELoraConfig(**{**settings, **changes}))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return model
+
+
+def use(model: nn.Module, backend: str) -> None:
+    """Tell every layer its backend."""
+    for module in model.modules():
+        if "moe_mixtures" in module.__dict__:
+            module.__dict__["_moelora_backend"] = backend
+
+
+def step(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Loss, auxiliary loss, logits and all gradients."""
+    model.zero_grad()
+    output = model(**inputs)
+    output.loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    return [output.loss, output.aux_loss, output.logits, *gradients]
+
+
+def far(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """The largest relative error."""
+    assert len(ours) == len(theirs)
+    pairs = zip(ours, theirs, strict=True)
+    return max(float((a - b).norm() / (b.norm() + 1e-9)) for a, b in pairs)
+
+
+def check(name: str, ours: list[Tensor], theirs: list[Tensor], *, expected: int | None) -> None:
+    """Compare; say how many layers were served."""
+    global served  # noqa: PLW0603 - a script
+    error = far(ours, theirs)
+    is_right = error < 2e-5 and (expected is None or served == expected)
+    sys.stdout.write(f"{'ok' if is_right else 'WRONG'} {name}: {error:.1e}, served {served}\n")
+    served = 0
+
+
+def pair(base: nn.Module, **changes: Any) -> tuple[PeftModel, PeftModel]:
+    """The same model twice: on the kernels, and on PyTorch's operations."""
+    ours = mixture(base, **changes)
+    theirs = copy.deepcopy(ours)
+    use(ours, "triton")
+    use(theirs, "eager")
+    return ours.train(), theirs.train()
+
+
+def main() -> None:
+    """All cases."""
+    global served  # noqa: PLW0603 - a script
+    count_served()
+    torch.manual_seed(0)
+    ids = torch.randint(1, 61, (2, 10))
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+
+    ours, theirs = pair(tiny_llama(dtype=torch.float32, num_hidden_layers=1))
+    expected = step(theirs, inputs)
+    served = 0
+    check("the first forward watches", step(ours, inputs), expected, expected=0)
+    check("k, v and up are served", step(ours, inputs), expected, expected=3)
+    with torch.no_grad(), record_routing(ours) as record:
+        logits = ours(**inputs).logits
+    served_then, served = served, 0
+    with torch.no_grad(), record_routing(theirs) as right:
+        expected_logits = theirs(**inputs).logits
+    served = served_then
+    decided = [routing.routing_weights for routing in record.routing.values()]
+    told = [routing.routing_weights for routing in right.routing.values()]
+    assert list(record.routing) == list(right.routing)
+    check("recorded", [logits, *decided], [expected_logits, *told], expected=3)
+    for model in (ours, theirs):
+        model.eval()
+    generated = theirs.generate(input_ids=ids[:1], max_new_tokens=2, do_sample=False).float()
+    served = 0
+    again = ours.generate(input_ids=ids[:1], max_new_tokens=2, do_sample=False).float()
+    check("generation", [again], [generated], expected=6)
+    with torch.inference_mode():
+        logits = ours(input_ids=ids).logits
+    with torch.no_grad():
+        check("inference mode", [logits], [theirs(input_ids=ids).logits], expected=0)
+
+    for reentrant in (True, False):
+        ours, theirs = pair(tiny_llama(dtype=torch.float32, num_hidden_layers=1))
+        expected = step(theirs, inputs)
+        ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        ours.enable_input_require_grads()
+        served = 0
+        check(f"checkpointing {reentrant}, first", step(ours, inputs), expected, expected=0)
+        # every block runs twice
+        check(f"checkpointing {reentrant}", step(ours, inputs), expected, expected=6)
+
+    ours, theirs = pair(tiny_llama(dtype=torch.float32, num_hidden_layers=1))
+    k_proj = ours.base_model.model.model.layers[0].self_attn.k_proj
+    their_k = theirs.base_model.model.model.layers[0].self_attn.k_proj
+    step(ours, inputs)
+    hooks = [m.register_forward_pre_hook(lambda _, args: (args[0] * 2,)) for m in (k_proj, their_k)]
+    expected = step(theirs, inputs)
+    served = 0
+    check("a hook before k", step(ours, inputs), expected, expected=1)
+    for hook in hooks:
+        hook.remove()
+    for model in (ours, theirs):
+        attention = model.base_model.model.model.layers[0].self_attn.k_proj
+        forward = attention.forward
+        attention.forward = lambda x, forward=forward: forward(x.clone())
+    expected = step(theirs, inputs)
+    served = 0
+    check("k gets a copy: not taken, computed anew", step(ours, inputs), expected, expected=1)
+    check("and given up", step(ours, inputs), expected, expected=1)
+    assert len(ours.base_model.model._moelora_scope.input_groups) == 2
+
+    ours, theirs = pair(tiny_t5().float(), num_experts=2, top_k_experts=1)
+    t5 = {"input_ids": ids, "attention_mask": mask, "labels": ids[:, :6].contiguous()}
+    expected = step(theirs, t5)
+    served = 0
+    step(ours, t5)
+    check("an encoder-decoder", step(ours, t5), expected, expected=None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Layers that read the same input: found by watching a forward, served by one of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moelora.ops import RoutedOutput
+from moelora.shared_input import InputWatch, Ready, conditions_of, without
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+def test_whole_models_give_the_same_and_their_layers_are_served_together() -> None:
+    pytest.importorskip("triton")
+    finished = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.shared_input_cases"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = [line for line in finished.stdout.splitlines() if line.startswith(("ok", "WRONG"))]
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert len(lines) == 13
+    assert all(line.startswith("ok") for line in lines), "\n".join(lines)
+
+
+def _watched(calls: list[tuple[str, torch.Tensor]]) -> dict[str, list[str]]:
+    watch = InputWatch()
+    for name, x in calls:
+        watch.see(name, object(), x)
+    groups = watch.close()
+    assert groups is not None
+    return {name: [member for member, _ in group] for name, group in groups.items()}
+
+
+def test_only_the_very_same_tensor_makes_a_group() -> None:
+    x, y = torch.ones(1), torch.ones(1)
+    assert _watched([("q", x), ("k", x), ("v", x.clone()), ("o", y)]) == {
+        "q": ["q", "k"],
+        "k": ["q", "k"],
+    }
+
+
+def test_a_tensor_that_was_changed_in_between_is_another() -> None:
+    x = torch.ones(1)
+    watch = InputWatch()
+    watch.see("q", object(), x)
+    x.add_(1)
+    watch.see("k", object(), x)
+    assert watch.close() == {}
+
+
+def test_a_layer_that_is_called_twice_is_in_one_group_at_most() -> None:
+    x = torch.ones(1)
+    assert _watched([("q", x), ("q", x)]) == {}
+    assert _watched([("q", x), ("k", x), ("q", x)])["k"] == ["q", "k"]
+
+
+def test_a_watch_that_saw_nothing_learnt_nothing_and_a_closed_one_looks_no_more() -> None:
+    watch = InputWatch()
+    assert watch.close() is None
+    watch.see("q", object(), torch.ones(1))
+    assert watch.close() is None
+
+
+def test_a_group_is_given_up_as_a_whole() -> None:
+    pair = (("q", 1), ("k", 2))
+    other = (("gate", 3), ("up", 4))
+    groups = {"q": pair, "k": pair, "gate": other, "up": other}
+    assert without(groups, {"k": None}) == {"gate": other, "up": other}
+
+
+def test_a_ready_result_is_for_the_same_input_under_the_same_conditions() -> None:
+    x = torch.ones(1)
+    result = RoutedOutput(x, None, None, None)
+    ready = Ready(None, result, x, x._version, conditions_of(x))
+    assert ready.is_for(x)
+    assert not ready.is_for(x.clone())
+    with torch.no_grad():
+        assert not ready.is_for(x)
+    x.add_(1)
+    assert not ready.is_for(x)
