@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from moelora.distributed import average_over_ranks, number_of_ranks, statistics_of
 from moelora.errors import AuxLossError
@@ -23,6 +24,7 @@ from moelora.losses import auxiliary_losses, loss_of_statistics
 from moelora.outputs import carried_tensors, with_aux_loss, with_tensors
 from moelora.routing import Routing
 from moelora.scope import RoutingScope, Tape, TapeEntry
+from moelora.traced import deliver_traced
 
 _IGNORED_LABEL = -100
 _FLOAT16 = (
@@ -233,9 +235,14 @@ def _routing_of(entry: TapeEntry) -> Routing:
 
 def _show(seen: list[TapeEntry], mean: Tensor | None, tape: Tape, scope: RoutingScope) -> None:
     """Let observers look at a training forward's decisions."""
-    if seen and tape.observed:
-        for observer in scope.observers:
-            observer.observe(seen, None if mean is None else mean.detach())
+    if not (seen and tape.observed):
+        return
+    if torch.compiler.is_compiling():
+        if scope.traced is not None:
+            scope.traced.add(seen, mean)
+        return
+    for observer in scope.observers:
+        observer.observe(seen, None if mean is None else mean.detach())
 
 
 def _zero_like(output: Any) -> Tensor:
@@ -267,23 +274,39 @@ def _delivered(
         )
     if not carried:
         return output, mean
+    node: Any = _Deliver.apply
     if torch.compiler.is_compiling():
-        return _delivered_in_trace(output, carried, weighted, delivery), mean
-    mean, *passed = _Deliver.apply(delivery, weighted, mean, *carried.values())
+        if not delivery.deferred:
+            return _delivered_in_trace(output, carried, weighted, mean, delivery)
+        node = _deliver_untraced
+    mean, *passed = node(delivery, weighted, mean, *carried.values())
     return with_tensors(output, dict(zip(carried, passed, strict=True))), mean
 
 
+# as torch.compiler.disable, but that imports the compiler here
+@_disable_dynamo
+def _deliver_untraced(delivery: _Delivery, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Break the trace, as reentrant checkpointing has done already."""
+    passed: tuple[Tensor, ...] = _Deliver.apply(delivery, *tensors)
+    return passed
+
+
 def _delivered_in_trace(
-    output: Any, carried: dict[tuple[Any, ...], Tensor], weighted: Tensor, delivery: _Delivery
-) -> Any:
-    """The same by the arguments alone: a traced backward cannot see which outputs were used."""
-    if delivery.loss_scale is not None or delivery.tape.asked:
-        return output
-    if isinstance(delivery.outside_scale, str):
-        raise AuxLossError(delivery.outside_scale)
-    place, first = next(iter(carried.items()))
-    attached = _AttachGradient.apply(first, weighted, delivery.outside_scale)
-    return with_tensors(output, {place: attached})
+    output: Any,
+    carried: dict[tuple[Any, ...], Tensor],
+    weighted: Tensor,
+    mean: Tensor,
+    delivery: _Delivery,
+) -> tuple[Any, Tensor]:
+    """The same in a trace, where an output that was not used has a gradient of zero."""
+    watched = 1 if delivery.loss_scale is None else 2
+    mean, *passed = deliver_traced(
+        weighted,
+        (mean, *carried.values()),
+        watched=watched,
+        outside_scale=delivery.outside_scale,
+    )
+    return with_tensors(output, dict(zip(carried, passed, strict=True))), mean
 
 
 def attach_deferred(result: Tensor, entry: TapeEntry, tape: Tape) -> Tensor:

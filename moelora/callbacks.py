@@ -75,7 +75,7 @@ class MoETrainerCallback(TrainerCallback):
 
     def on_train_begin(
         self,
-        args: TrainingArguments,
+        args: TrainingArguments,  # noqa: ARG002
         state: TrainerState,  # noqa: ARG002
         control: TrainerControl,  # noqa: ARG002
         **kwargs: Any,
@@ -85,15 +85,10 @@ class MoETrainerCallback(TrainerCallback):
         scope = scope_of(base_of(kwargs["model"]))
         if scope is None or not self.log_routing:
             return
-        self._observation = RoutingObservation()
+        self._observation = RoutingObservation(base_of(kwargs["model"]))
         self._collapsed = set()
         scope.observers.add(self._observation)
-        if args.torch_compile:
-            warnings.warn(
-                "MoETrainerCallback logs no routing under torch_compile=True, since a compiled "
-                "forward shows no decisions.",
-                stacklevel=2,
-            )
+        scope.traced = self._observation.traced
 
     def on_step_begin(
         self,
@@ -156,6 +151,7 @@ class MoETrainerCallback(TrainerCallback):
         scope = scope_of(base_of(kwargs["model"]))
         if scope is not None:
             scope.observers.discard(self._observation)
+            scope.traced = None
 
     def _warn_of_collapse(self, routers: dict[str, RouterSummary]) -> None:
         found = {

@@ -150,8 +150,9 @@ def _tape(base: nn.Module, scope: RoutingScope, kwargs: dict[str, Any]) -> Tape 
     asked = take_request(scope, kwargs)
     if not (training or asked):
         return None
-    observed = training and bool(scope.observers) and not torch.compiler.is_compiling()
-    return Tape(training=training, asked=asked, observed=observed)
+    # a weak set cannot be traced
+    looks = scope.traced is not None if torch.compiler.is_compiling() else bool(scope.observers)
+    return Tape(training=training, asked=asked, observed=training and looks)
 
 
 def _with_model_routing(
@@ -236,8 +237,8 @@ def after_forward(
     frame = scope.pop()
     if frame is None or output is None:
         return None
-    keep_cache(output, frame.first_pass_cache)
     scope.learn(frame.inputs)
+    keep_cache(output, frame.first_pass_cache)
     if frame.tape is None:
         return None
     return add_auxiliary_loss(base, output, kwargs, tape=frame.tape, scope=scope)

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moelora.routing import Routing
 from moelora.scope import TapeEntry
+from moelora.traced import TracedSums
 
 #: At most this many numbers are stacked at once, so that looking costs little memory.
 _STACKED = 2**23
@@ -37,9 +38,14 @@ class RouterSummary:
 
 
 class RoutingObservation:
-    """Adds up what every router decides. One pass over all layers of one shape at a time."""
+    """Adds up what every router decides. One pass over all layers of one shape at a time.
 
-    def __init__(self) -> None:
+    Args:
+        base: the bound base model that is looked at, for its compiled forwards; None without.
+    """
+
+    def __init__(self, base: nn.Module | None = None) -> None:
+        self.traced = None if base is None else TracedSums(base)
         self._totals: dict[tuple[Any, ...], Tensor] = {}
         self._aux_loss: Tensor | None = None
         self._forwards = 0
@@ -74,7 +80,7 @@ class RoutingObservation:
         totals, self._totals = self._totals, {}
         aux_loss, self._aux_loss = self._aux_loss, None
         forwards, self._forwards = self._forwards, 0
-        rows: dict[str, tuple[list[float], int]] = {}
+        rows, total, count = self._take_traced()
         for (names, _, _, top_k), sums in totals.items():
             for name, row in zip(names, _over_processes(sums).tolist(), strict=True):
                 known = rows.get(name)
@@ -84,12 +90,19 @@ class RoutingObservation:
         summaries = {
             name: _summary(row, top_k) for name, (row, top_k) in sorted(rows.items()) if row[-1] > 0
         }
-        if aux_loss is None:
-            return summaries, None
-        total, count = _over_processes(
-            torch.stack([aux_loss.float(), aux_loss.new_tensor(float(forwards)).float()])
-        ).tolist()
-        return summaries, total / count
+        if aux_loss is not None:
+            sums = torch.stack([aux_loss.float(), aux_loss.new_tensor(float(forwards)).float()])
+            eager_total, eager_count = _over_processes(sums).tolist()
+            total, count = total + eager_total, count + eager_count
+        return summaries, total / count if count else None
+
+    def _take_traced(self) -> tuple[dict[str, tuple[list[float], int]], float, float]:
+        """The sums of compiled forwards by router, their auxiliary losses and how many."""
+        if self.traced is None:
+            return {}, 0.0, 0.0
+        sums, aux_loss = map(_over_processes, self.traced.take())
+        total, count = aux_loss.tolist()
+        return self.traced.rows_of(sums), total, count
 
 
 def _kind(entry: TapeEntry, routing: Routing) -> tuple[Any, ...]:

@@ -136,6 +136,7 @@ class Frame:
         tape: where routers leave their decisions in training.
         checkpointed: inside a block that is recomputed in backward.
         is_forward: made by the base model's forward, not by ``generate``.
+        inputs: layers that read the same input, in a forward that is not traced.
         outer: the frame to return to.
     """
 
@@ -151,8 +152,8 @@ class Frame:
     tape: Tape | None = None
     checkpointed: bool = False
     is_forward: bool = False
-    outer: "Frame | None" = None
     inputs: SharedInputs | None = None
+    outer: "Frame | None" = None
 
 
 class _FrameStack(threading.local):
@@ -183,6 +184,13 @@ class RoutingObserver(Protocol):
         """A training forward is over; a block's recomputation is none."""
 
 
+class TracedObserver(Protocol):
+    """Who looks at the decisions of compiled forwards."""
+
+    def add(self, entries: list[TapeEntry], mean: Tensor | None) -> None:
+        """A forward is being traced; what is done here is done at each of its runs."""
+
+
 _scopes: "weakref.WeakSet[RoutingScope]" = weakref.WeakSet()
 
 
@@ -197,19 +205,22 @@ class RoutingScope:
     Attributes:
         recorders: see :func:`moelora.record_routing`.
         observers: who looks at all decisions in training; kept weakly.
+        traced: where compiled forwards add up what observers want to see; None if nobody looks.
         aux_loss_scale: how the trainer scales a loss that it computes itself, where it told.
         known_arguments: the forward's argument names that were looked at.
         announced: the base's config, where it was made to tell of its routers.
+        input_groups: layers that read the same input; None before a forward was watched.
     """
 
     def __init__(self, aux_loss_scale: float | None = None, announced: Any = None) -> None:
         self._frames = _FrameStack()
         self.recorders: list[RoutingRecorder] = []
         self.observers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.traced: TracedObserver | None = None
         self.aux_loss_scale = aux_loss_scale
         self.known_arguments: frozenset[str] = frozenset()
         self.announced = announced
-        input_groups: layers that read the same input; None before a forward was watched.
+        self.input_groups: InputGroups | None = None
         _scopes.add(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RoutingScope":
@@ -220,17 +231,6 @@ class RoutingScope:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RoutingScope, (self.aux_loss_scale, self.announced)
-        self.input_groups: InputGroups | None = None
-
-    @property
-    def top(self) -> Frame | None:
-        """The current frame of this thread."""
-        frames = self._frames.frames
-        return frames[-1] if frames else None
-
-    def push(self, frame: Frame) -> None:
-        """Enter ``frame``."""
-        self._frames.frames.append(replace(frame, outer=self.top))
 
     def shared_inputs(self) -> SharedInputs:
         """What a forward that begins may know of layers with the same input."""
@@ -249,6 +249,16 @@ class RoutingScope:
         """Forget the groups of results that nobody took, in forwards that begin from now on."""
         if inputs is not None and inputs.ready:
             self.input_groups = without(self.input_groups or {}, inputs.ready)
+
+    @property
+    def top(self) -> Frame | None:
+        """The current frame of this thread."""
+        frames = self._frames.frames
+        return frames[-1] if frames else None
+
+    def push(self, frame: Frame) -> None:
+        """Enter ``frame``."""
+        self._frames.frames.append(replace(frame, outer=self.top))
 
     def pop(self) -> Frame | None:
         """Leave the top frame and return it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from tests.auxiliary import (
     summed,
     without_loss,
 )
-from tests.lm import mixture, run_python, tiny_llama, token_ids, trainable
+from tests.lm import mixture, tiny_llama, token_ids, trainable
 from tests.test_trainer import (
     COEFFICIENT,
     EVALUATION,
@@ -158,7 +157,7 @@ def test_a_loss_of_ones_own_is_refused_without_the_callback(tmp_path: Path) -> N
         own_gradients(OwnLoss, mixture(), tmp_path, callback=False)
 
 
-# Precision and compilation ---------------------------------------------------------------------
+# Precision -----------------------------------------------------------------------------------
 
 
 def test_mixed_precision_keeps_the_auxiliary_gradient(tmp_path: Path) -> None:
@@ -181,62 +180,6 @@ def test_mixed_precision_keeps_the_auxiliary_gradient(tmp_path: Path) -> None:
     expected *= coefficient / COEFFICIENT
     # bfloat16 rounds to 2 ** -8, and a few tokens choose another expert for it
     assert (auxiliary - expected).norm() < 0.15 * expected.norm()
-
-
-COMPILED = """
-import sys, torch
-from tests.auxiliary import without_loss
-from tests.lm import mixture, tiny_llama
-from tests.test_trainer import MoETrainerCallback, UNEQUAL, sum_of_squares, trained_gradients
-settings = {
-    "labels": {},
-    "own_loss": {"compute_loss_func": sum_of_squares, "callbacks": [MoETrainerCallback()]},
-    "broken_trace": {},
-}
-fields = dict(settings[sys.argv[2]], torch_compile=True, torch_compile_backend=sys.argv[3])
-model = mixture(tiny_llama(dtype=torch.float32), router_aux_loss_coef=2.0)
-if sys.argv[2] == "broken_trace":
-    def breaks(*args):
-        torch._dynamo.graph_break()
-    model.get_submodule("base_model.model.model.layers.0").register_forward_hook(breaks)
-expected = trained_gradients(model, UNEQUAL, sys.argv[1], **settings[sys.argv[2]])
-found = trained_gradients(model, UNEQUAL, sys.argv[1], **fields)
-without = trained_gradients(without_loss(model), UNEQUAL, sys.argv[1], **settings[sys.argv[2]])
-pairs = list(zip(found, expected))
-close = all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in pairs)
-matters = any(not torch.allclose(a, b, rtol=1e-2) for a, b in zip(found, without))
-print("graphs", torch._dynamo.utils.counters["stats"]["unique_graphs"])
-print("close" if close else max((a - b).abs().max() for a, b in pairs), matters)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("setting", "backend"),
-    [
-        ("labels", "inductor"),
-        ("own_loss", "aot_eager"),
-        ("broken_trace", "eager"),
-    ],
-)
-def test_a_compiled_model_gets_the_same_gradients(
-    setting: str, backend: str, tmp_path: Path
-) -> None:
-    # in a process of its own: the shape checks of this one cannot be compiled
-    if backend == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
-        backend = "aot_eager"
-    finished = run_python(COMPILED, tmp_path, setting, backend)
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    *_, graphs, verdict = finished.stdout.strip().splitlines()
-    assert int(graphs.split()[1]) > 0
-    assert verdict == "close True"
-
-
-def test_the_callback_says_that_a_compiled_forward_shows_nothing(tmp_path: Path) -> None:
-    fields: dict[str, Any] = {"torch_compile": True, "max_steps": 0, "num_train_epochs": 0}
-    trainer = trainer_of(mixture(), ONE, tmp_path, callbacks=[MoETrainerCallback()], **fields)
-    with pytest.warns(UserWarning, match="no routing under torch_compile=True"):
-        trainer.train()
 
 
 # Batches by length -----------------------------------------------------------------------------
