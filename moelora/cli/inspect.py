@@ -80,7 +80,7 @@ def _told(told: "Description") -> str:
         f"task         {told.task_type or 'not named'}",
         f"targets      {targets or 'none'}",
         f"rank, alpha  r={told.r}, lora_alpha={told.lora_alpha:g} (of one expert, in the config)",
-        f"size         {told.parameters:,} parameters, {told.bytes:,} bytes, "
+        f"size         {told.parameters:,} parameters with padding, {told.bytes:,} bytes, "
         f"{', '.join(told.dtypes)}",
         f"router       {_router(told.router)}",
     ]

@@ -3,6 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from moelora.cli.reading import quieten
 from moelora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -125,15 +126,10 @@ def _numbers(text: str) -> list[float]:
 
 def _measured_on(arguments: argparse.Namespace) -> "tuple[nn.Module, list[Tensor]]":
     """The base model, and the texts as token ids."""
-    import os
-
-    from transformers.utils import logging
-
     from moelora.report.passages import cut_passages, read_domains
 
     domains, _ = read_domains(arguments.data, fields=arguments.field or ("text",))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.disable_progress_bar()
+    quieten()
     import torch
 
     from moelora.report.loading import load_mixture

@@ -113,12 +113,7 @@ def run_text(
     from moelora.report.passages import read_domains
 
     domains, sources = read_domains(arguments.data, fields=_fields(arguments))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
-
-    # one bar is enough, and what transformers will rename is no concern of this user
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    quieten()
     from moelora.report.job import routing_report
     from moelora.report.loading import load_mixture
 
@@ -138,6 +133,15 @@ def run_text(
         show_progress=True,
         **options,
     )
+
+
+def quieten() -> None:
+    """Keep standard error for our own bar: no other bars, and no news of what will be renamed."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def _fields(arguments: argparse.Namespace) -> Sequence[str]:

@@ -48,7 +48,7 @@ def entropy_chart(
         load: entropy of the load.
         largest: what even shares have.
     """
-    frame = _Frame(len(layers), max(largest, 1e-9), height=220)
+    frame = _Frame(len(layers), largest, height=220, levels=_bits(largest))
     marks = ""
     for kind, values in (("line", token), ("line second", load)):
         points = " ".join(f"{frame.x(i):.1f},{frame.y(v):.1f}" for i, v in enumerate(values))
@@ -107,8 +107,18 @@ def stacked_bars(
 class _Frame:
     """Axes: equally wide steps from left to right, values from 0 upwards."""
 
-    def __init__(self, steps: int, top: float, *, height: int, percent: bool = False) -> None:
+    def __init__(
+        self,
+        steps: int,
+        top: float,
+        *,
+        height: int,
+        percent: bool = False,
+        levels: Sequence[float] | None = None,
+    ) -> None:
         self.steps, self.top, self.height, self.percent = steps, top, height, percent
+        quarters = [top * quarter / 4 for quarter in range(5)]
+        self.levels = quarters if levels is None else levels
         self.inner = height - TOP - BOTTOM
         self.step = (WIDTH - LEFT - RIGHT) / max(1, steps)
 
@@ -122,8 +132,7 @@ class _Frame:
         self, marks: str, *, label: str, ticks: Sequence[str], axis: str, data: str = ""
     ) -> str:
         grid = ""
-        for quarter in range(5):
-            value = self.top * quarter / 4
+        for value in self.levels:
             text = f"{100 * value:.0f} %" if self.percent else f"{value:.3g}"
             grid += (
                 f"<line class=grid x1={LEFT} x2={WIDTH - RIGHT} y1={self.y(value):.1f} "
@@ -157,3 +166,9 @@ def _nice(value: float) -> float:
     while size > value:
         size /= 10
     return next(size * step for step in (1, 2, 4, 8, 10, 20, 40, 100) if size * step >= value)
+
+
+def _bits(top: float) -> list[float]:
+    """Round numbers of bits up to ``top``."""
+    step = 0.5 if top < 2 else 1.0 if top <= 5 else 2.0
+    return [step * number for number in range(int(top / step + 1e-9) + 1)]

@@ -12,7 +12,7 @@ from moelora.report.palette import (
     SIMILARITY_MAP,
     expert_colour,
 )
-from moelora.report.results import RoutingReport
+from moelora.report.results import RouterReport, RoutingReport
 
 try:
     import matplotlib
@@ -28,6 +28,8 @@ DOTS_PER_INCH = 110
 ACCENT = "#0072B2"
 TEXT_TURNS_WHITE = 0.55
 MOST_NUMBERS = 200
+#: Letters that fit below a map.
+WIDE = 24
 #: Layers whose loads can be read in the small map of the overview.
 ROWS_WITH_NUMBERS = 14
 STYLE = {
@@ -90,12 +92,7 @@ def overview(report: RoutingReport) -> Figure:
         top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.1, 1))[:, 0]
         left, middle, right = top.subplots(1, 3)
         names = [_short(domain.name) for domain in report.domains]
-        clearest = max(report.routers, key=lambda r: r.load_entropy - r.token_entropy)
-        if report.information is not None:
-            clearest = max(
-                report.routers,
-                key=lambda r: 0.0 if r.information is None else r.information.observed,
-            )
+        clearest = _clearest(report)
         experts = [report.experts[e] for e in clearest.experts]
         shuffled = clearest.shuffled_load or []
         _heat(left, clearest.domain_load, names, experts, beside=shuffled)
@@ -118,7 +115,7 @@ def overview(report: RoutingReport) -> Figure:
 def _domains(report: RoutingReport) -> Figure:
     names = [_short(domain.name) for domain in report.domains]
     shuffled = report.shuffled_load or []
-    maps = [(report.domain_load, shuffled, "Domains x experts")]
+    maps = [(report.domain_load, shuffled, "Domains x experts, mean over routers")]
     if report.shuffled_load is not None:
         maps.append((shuffled, report.domain_load, "Domains shuffled"))
     figure = _figure(5.0 * len(maps), 1.6 + 0.4 * len(names))
@@ -193,8 +190,18 @@ def _draw_entropy(axes: Axes, report: RoutingReport) -> None:
     axes.legend(frameon=False, loc="lower right", ncols=2)
 
 
+def _clearest(report: RoutingReport) -> RouterReport:
+    """The router that tells domains, or tokens, apart best."""
+    return max(
+        report.routers,
+        key=lambda r: (
+            r.load_entropy - r.token_entropy if r.information is None else r.information.observed
+        ),
+    )
+
+
 def _coactivation(report: RoutingReport) -> Figure:
-    router = max(report.routers, key=lambda r: r.load_entropy - r.token_entropy)
+    router = _clearest(report)
     names = [report.experts[e] for e in router.experts]
     figure = _square(names)
     axes = figure.subplots()
@@ -215,7 +222,7 @@ def _similarity(report: RoutingReport) -> Figure:
 
 
 def _position(report: RoutingReport) -> Figure:
-    router = max(report.routers, key=lambda r: r.load_entropy - r.token_entropy)
+    router = _clearest(report)
     figure = _figure(9.0, 3.4)
     axes = figure.subplots()
     names = [report.experts[e] for e in router.experts]
@@ -284,7 +291,7 @@ def _heat(
         vmax=top,
         aspect="auto",
     )
-    long = max(map(len, columns)) > 4
+    long = max(map(len, columns)) * len(columns) > WIDE
     axes.set_xticks(
         range(len(columns)),
         [_short(name) for name in columns],

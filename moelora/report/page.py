@@ -1,6 +1,7 @@
 """The page of a routing report: one HTML file that needs nothing else."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,10 @@ SCOPES = {
 OWN_NUMBERS = (
     "Each router numbers its experts by itself, so expert 0 of one router has nothing to do with "
     "expert 0 of another: means over routers show balance, single routers show specialisation."
+)
+SAME_NAMES = (
+    "An expert has the same name in every layer, but each router chooses by itself: a single "
+    "router may tell domains apart more sharply than this mean."
 )
 
 
@@ -104,7 +109,9 @@ def _domains(report: RoutingReport) -> str:
             columns=report.experts,
             beside=report.domain_load,
         )
-    several = f" {OWN_NUMBERS}" if len(report.routers) > 1 else ""
+    numbered = all(re.fullmatch(r"(E|.*\.)?\d+", name) for name in report.experts)
+    of_names = OWN_NUMBERS if numbered else SAME_NAMES
+    several = f" {of_names}" if len(report.routers) > 1 else ""
     return (
         "<h2>Who serves which domain</h2>"
         "<p>Share of each expert in the routing weight of a domain's tokens, in percent, the mean "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -12,6 +13,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
+from moelora.report.charts import entropy_chart
 from moelora.report.markup import escape, heat_map, page_data, scale_end
 from moelora.report.page import render_page, verdict
 from moelora.report.results import Information
@@ -114,6 +116,22 @@ def test_a_map_shows_percent_cosines_and_dashes() -> None:
     cosines = heat_map([[-0.001, -0.75]], ["row"], caption="c", key="similar")
     assert ">0.00</td>" in cosines
     assert "class='hi minus' style='--v:0.750'>-0.75<" in cosines
+
+
+def test_experts_with_names_are_not_said_to_be_numbered_by_each_router() -> None:
+    named, numbered = made_up(), replace(made_up(), experts=["E0", "E1", "E2"])
+    assert "An expert has the same name in every layer" in render_page(named)
+    assert "Each router numbers its experts by itself" in render_page(numbered)
+    mixed = replace(made_up(), experts=["a.0", "a.1", "b.0"])
+    assert "Each router numbers its experts by itself" in render_page(mixed)
+
+
+@pytest.mark.parametrize(
+    ("experts", "levels"), [(2, "0 0.5 1"), (3, "0 0.5 1 1.5"), (64, "0 2 4 6")]
+)
+def test_entropy_is_read_at_round_numbers(experts: int, levels: str) -> None:
+    chart = entropy_chart(["0"], [0.5], [0.9], largest=math.log2(experts))
+    assert re.findall("text-anchor=end>([^<]*)<", chart) == levels.split()
 
 
 def test_the_scale_ends_at_the_next_tenth() -> None:
