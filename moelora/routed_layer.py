@@ -108,7 +108,7 @@ class RoutedPlan:
                 return False
         for owner, tensor, dtype in zip(self.owners, self.tensors, self.dtypes, strict=True):
             if (
-                owner._parameters["weight"] is not tensor
+                owner._parameters.get("weight") is not tensor
                 or tensor.dtype is not dtype
                 or tensor.device != self.device
                 or not tensor.is_contiguous()
@@ -117,7 +117,7 @@ class RoutedPlan:
         parameters = self.base._parameters
         return (
             is_bare(self.base)
-            and parameters["weight"] is weight
+            and parameters.get("weight") is weight
             and parameters.get("bias") is bias
             and not weight.requires_grad
             and weight.dtype is self.dtype
@@ -159,8 +159,7 @@ class RoutedPlan:
             if inputs.watch is not None:
                 inputs.watch.see(binding.name, layer, x)
             group = inputs.groups.get(binding.name)
-            # the sparse kernels share nothing in training
-            if group is not None and not (has_graph and self.is_large):
+            if group is not None:
                 others = self._others(group, layer, x)
         plans = [self, *(plan for _, plan in others)]
         members = [plan.member() for plan in plans]
@@ -256,6 +255,9 @@ class RoutedPlan:
         mature = self.parts[3]._buffers["mature"]
         if mature is None:
             return True
+        # an inference tensor has no version, by which a change of it could be seen
+        if mature.is_inference():
+            return False
         known = self._maturity
         if known is None or known[0] is not mature or known[1] != mature._version:
             if mature.is_cuda and torch.cuda.is_current_stream_capturing():

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moelora.ops.eager import mix_ranks
-from moelora.ops.products import base_gradient, base_product, wide_mm
+from moelora.ops.products import base_gradient, base_product, in_shape, wide_mm
 
 
 class _CombineLinear(torch.autograd.Function):
@@ -36,7 +36,7 @@ class _CombineLinear(torch.autograd.Function):
         ranks = wide_mm(x, lora_a.t())
         output.addmm_(mix_ranks(ranks, weights).to(x.dtype), lora_b.t())
         ctx.save_for_backward(x, base_weight, lora_a, lora_b, weights, ranks)
-        return output.view(*ctx.shape[:-1], output.shape[-1])
+        return in_shape(output, ctx.shape)
 
     @staticmethod
     @once_differentiable

@@ -7,6 +7,8 @@ from torch import Tensor
 # torch 2.8: the first whose half-precision products can give float32 results
 _HAS_OUT_DTYPE = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)
 
+_UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
+
 
 def wide_mm(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` with a result in at least float32: half-precision inputs, no rounding of the sum.
@@ -38,6 +40,24 @@ def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, *, is_conv1d: b
     if is_conv1d and bias is not None:
         return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight)
     return F.linear(x, weight, bias).reshape(-1, weight.shape[0])
+
+
+def in_shape(output: Tensor, batch: torch.Size) -> Tensor:
+    """``output`` of all tokens in the shape of a layer's input, as a tensor of its own.
+
+    Autograd refuses to change a view that a custom function returns, and callers do write into a
+    layer's output (``ReLU(inplace=True)``).
+
+    Args:
+        output: ``(tokens, d_out)``; used no more.
+        batch: of the input, ``(*batch, d_in)``.
+
+    Example:
+        >>> in_shape(torch.ones(6, 2), torch.Size([2, 3, 4])).shape
+        torch.Size([2, 3, 2])
+    """
+    shaped: Tensor = _UNSAFE_VIEW(output, (*batch[:-1], output.shape[-1]))
+    return shaped
 
 
 def update_first(weight: Tensor, bias: Tensor | None, *, is_conv1d: bool) -> bool:

@@ -1,14 +1,15 @@
 """Linear layers routed by their own routers: one signature, whichever implementation runs."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from moelora.ops.backend import Choice, explain
 from moelora.ops.options import Member, RoutedOutput, RouterOptions
-from moelora.ops.products import base_product, wide_mm
+from moelora.ops.products import base_product, in_shape, wide_mm
 from moelora.ops.routed_eager import routed_linear_eager
-from moelora.ops.routed_sparse import RoutedLinearSparse
+from moelora.ops.routed_sparse import RoutedLinearsSparse
 from moelora.ops.routed_triton import (
     RoutedLinears,
     decode,
@@ -113,13 +114,16 @@ def routed_linears(
     choice = _choice(x, members[0], options, backend)
     if choice.backend != "triton":
         return [_eager(x, member, token_mask, options) for member in members]
+    if token_mask is not None:
+        token_mask = token_mask.contiguous()
     # without a capacity padding is served too, but not counted: no slots are known for it
     countable = token_mask is None or options.capacity_factor is not None
+    op: Any = RoutedLinears
     if choice.is_sparse and countable and (members[0].mature is None or all_mature):
-        return [_sparse(x, member, token_mask, options, record=record) for member in members]
+        op = RoutedLinearsSparse
     number = len(members)
     tensors = [tensor for member in members for tensor in member[:5]]
-    *results, decision = RoutedLinears.apply(x, token_mask, members, options, *tensors)
+    *results, decision = op.apply(x, token_mask, members, options, *tensors)
     return [
         _recorded(results[index], results[number + index], decision[index] if record else None)
         for index in range(number)
@@ -130,14 +134,6 @@ def _recorded(output: Tensor, statistics: Tensor | None, decision: Tensor | None
     if decision is None:
         return RoutedOutput(output, None, None, statistics)
     return RoutedOutput(output, decision[0], decision[1], statistics)
-
-
-def _sparse(
-    x: Tensor, member: Member, token_mask: Tensor | None, options: RouterOptions, *, record: bool
-) -> RoutedOutput:
-    tensors = (x, *member[:5], token_mask)
-    output, statistics, decision = RoutedLinearSparse.apply(*tensors, options, member.is_conv1d)
-    return _recorded(output, statistics, decision[0] if record else None)
 
 
 def _eager(
@@ -196,9 +192,10 @@ def routed_linears_inference(
             for member in members
         ]
         is_sparse = choice.is_sparse and (first.mature is None or all_mature)
+        # the kernels step over tokens only
+        flat = flat if flat.stride(1) == 1 else flat.contiguous()
         decision = decode(flat, outputs, members, options, record=record, is_sparse=is_sparse)
-        lead = x.shape[:-1]
-        outputs = [output.view(*lead, output.shape[-1]) for output in outputs]
+        outputs = [in_shape(output, x.shape) for output in outputs]
     else:
         ranks, d_in = first.lora_a.shape
         sizes = sizes_of(ranks, options.num_experts, d_in, x.dtype, len(members))

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from moelora.ops.eager import mix_ranks
 from moelora.ops.options import RouterOptions
-from moelora.ops.products import base_gradient, base_product, wide_mm
+from moelora.ops.products import base_gradient, base_product, in_shape, wide_mm
 
 _ROUNDING = 1e-4
 
@@ -49,7 +49,7 @@ class _RoutedLinearEager(torch.autograd.Function):
             x, base_weight, lora_a, lora_b, router, mixed, logits, weights, token_mask, statistics
         )
         ctx.mark_non_differentiable(logits, weights)
-        return output.view(*ctx.shape[:-1], output.shape[-1]), statistics, logits, weights
+        return in_shape(output, ctx.shape), statistics, logits, weights
 
     @staticmethod
     @once_differentiable

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moelora.ops.options import Member, RouterOptions
-from moelora.ops.products import base_gradient, base_product, update_first, wide_mm
+from moelora.ops.products import base_gradient, base_product, in_shape, update_first, wide_mm
 
 #: Slots of one expert that are multiplied together where only chosen experts are.
 BLOCK_M = 32
@@ -35,10 +35,10 @@ class Sizes:
         self.rank = ranks // experts
         self.padded_ranks = _eights(ranks)
         self.padded_experts = _eights(experts)
-        # A and leading parts of the scores of one member after the other, then the other parts
-        self.width = self.padded_ranks + self.padded_experts
-        self.grad_columns = members * self.width
-        self.rows = members * (self.padded_ranks + self.splits * self.padded_experts)
+        # A of one member after the other, then the leading parts of their scores, then the others
+        self.first_score = members * self.padded_ranks
+        self.grad_columns = self.first_score + members * self.padded_experts
+        self.rows = self.first_score + self.splits * members * self.padded_experts
         # at least the padded experts, whose gradients have to be written as zeros
         self.experts_block = max(8, _power_of_two(experts))
         self.rank_block = _power_of_two(self.rank) if self.rank else 0
@@ -125,7 +125,7 @@ def route(
         options: how the routers decide.
         sizes: of the packed rows.
         dtype: of the scaled ranks.
-        slots: where to enter each expert's tokens; no ranks are scaled then. One member.
+        slots: ``(members, ...)``, where to enter each expert's tokens; no ranks are scaled then.
 
     Returns:
         ``(members, 2, tokens, experts)``, ``(members, tokens, ranks)``, ``(members, ...)`` or None.
@@ -134,7 +134,7 @@ def route(
     block_t, block_e = sizes.tokens_block(tokens), sizes.experts_block
     blocks = max(1, -(-tokens // block_t))
     decision = z.new_empty(members, 2, tokens, experts)
-    mixed = z.new_empty(members, tokens, sizes.ranks, dtype=dtype)
+    mixed = z if slots is not None else z.new_empty(members, tokens, sizes.ranks, dtype=dtype)
     capacity = options.capacity_factor
     has_capacity, has_statistics = capacity is not None, options.loss_type is not None
     has_mask, has_mature = token_mask is not None, matures[0] is not None
@@ -161,7 +161,8 @@ def route(
         (
             z, mask, *(three(matures) if has_mature else (z, z, z)), partial, decision, mixed,
             z if statistics is None else statistics, z if slots is None else slots,
-            tokens, experts, sizes.rank, sizes.ranks, *place, blocks, inverse,
+            tokens, experts, sizes.rank, sizes.ranks, *place,
+            0 if slots is None else slots.stride(0), blocks, inverse,
             0.0 if capacity is None else capacity * options.top_k / experts, options.scaling,
             options.top_k, block_e, sizes.splits, has_mask, has_mature, has_capacity,
             has_statistics, block_t, min(128, _power_of_two(max(8, sizes.padded_ranks))),
@@ -318,12 +319,7 @@ class RoutedLinears(torch.autograd.Function):
         x, rows, *rest = ctx.saved_tensors
         saved, weights, lora_bs = rest[:4], rest[4 : 4 + number], rest[4 + number :]
         needs = ctx.needs_input_grad
-        grads = [
-            x.new_zeros(x.shape[0], lora_b.shape[0])
-            if grad is None
-            else grad.reshape(-1, lora_b.shape[0])
-            for grad, lora_b in zip(gradients[:number], lora_bs, strict=True)
-        ]
+        grads = output_gradients(gradients, lora_bs, x)
         results: list[Tensor | None] = [None] * (4 + 5 * number)
         for index, (grad, mixed) in enumerate(zip(grads, saved[0], strict=True)):
             if needs[4 + 5 * index + 3]:
@@ -338,11 +334,12 @@ class RoutedLinears(torch.autograd.Function):
         if needs_rows:
             grad_rows = wide_mm(grad_z.t(), x)
             for index in range(number):
-                start = index * sizes.width
-                grad_a = grad_rows[start : start + sizes.ranks]
-                start += sizes.padded_ranks
+                start = index * sizes.padded_ranks
+                results[4 + 5 * index + 2] = grad_rows[start : start + sizes.ranks].to(
+                    ctx.dtypes[0]
+                )
+                start = sizes.first_score + index * sizes.padded_experts
                 grad_router = grad_rows[start : start + sizes.experts]
-                results[4 + 5 * index + 2] = grad_a.to(ctx.dtypes[0])
                 results[4 + 5 * index + 4] = grad_router.to(ctx.dtypes[2])
         if needs[0]:
             # the leading bits of the router's rows are all that the dtype of x can hold
@@ -353,10 +350,22 @@ class RoutedLinears(torch.autograd.Function):
         return tuple(results)
 
 
+def output_gradients(
+    gradients: Sequence[Tensor | None], lora_bs: Sequence[Tensor], x: Tensor
+) -> list[Tensor]:
+    """The gradient of each member's output, ``(tokens, d_out)``; zeros where nobody used it."""
+    return [
+        x.new_zeros(x.shape[0], lora_b.shape[0])
+        if grad is None
+        else grad.reshape(-1, lora_b.shape[0])
+        for grad, lora_b in zip(gradients[: len(lora_bs)], lora_bs, strict=True)
+    ]
+
+
 def outputs_of(
     x: Tensor,
     members: Sequence[Member],
-    mixed: Tensor,
+    mixed: Tensor | Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     shape: torch.Size,
 ) -> list[Tensor]:
@@ -366,7 +375,7 @@ def outputs_of(
         output = accumulate(
             x, member.base_weight, member.bias, ranks, lora_b, is_conv1d=member.is_conv1d
         )
-        outputs.append(output.view(*shape[:-1], output.shape[-1]))
+        outputs.append(in_shape(output, shape))
     return outputs
 
 

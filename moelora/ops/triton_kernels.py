@@ -6,8 +6,8 @@ sum of three bfloat16 rows (its leading, middle and trailing bits), so the score
 accuracy on the matrix units.
 
 Up to three layers that read the same input (its members) share each launch; the last axis of the
-grid says whose program it is. ``z`` then holds ``A x`` and leading scores of one after the other,
-and behind them the scores' other parts, part by part.
+grid says whose program it is. ``z`` then holds ``A x`` of one after the other, then their scores,
+part by part.
 
 Shapes: ``T`` tokens, ``E`` experts, ``K`` experts per token, ``R`` rank of one expert.
 """
@@ -69,17 +69,18 @@ def _pack_fwd_kernel(
         row = pid // blocks
         cols = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
         inside = cols < d_in
-        width = padded_ranks + padded_experts
-        later = row - MEMBERS * width
-        is_later = later >= 0
-        member = tl.where(is_later, later // padded_experts % MEMBERS, row // width)
-        own = row % width
-        is_a = (own < ranks) & (later < 0)
-        part = tl.where(is_later, later // (MEMBERS * padded_experts) + 1, 0)
-        expert = tl.where(is_later, later % padded_experts, own - padded_ranks)
+        score = row - MEMBERS * padded_ranks
+        # there may be no ranks at all
+        own = row % tl.maximum(padded_ranks, 1)
+        member = tl.where(
+            score < 0, row // tl.maximum(padded_ranks, 1), score // padded_experts % MEMBERS
+        )
+        is_a = (own < ranks) & (score < 0)
+        part = score // (MEMBERS * padded_experts)
+        expert = score % padded_experts
         a_ptr = _of(member, a0_ptr, a1_ptr, a2_ptr, MEMBERS)
         a = tl.load(a_ptr + own * d_in + cols, mask=inside & is_a, other=0.0).to(tl.float32)
-        is_router = (expert >= 0) & (expert < experts)
+        is_router = (score >= 0) & (expert < experts)
         router_ptr = _of(member, router0_ptr, router1_ptr, router2_ptr, MEMBERS)
         offset = expert * d_in + cols
         w = tl.load(router_ptr + offset, mask=inside & is_router, other=0.0).to(tl.float32)
@@ -112,13 +113,12 @@ def _load_logits(
     cols = tl.arange(0, E2)
     real = cols < experts
     there = inside[:, None] & real[None, :]
-    width = padded_ranks + padded_experts
-    base = z_ptr + tokens.to(tl.int64)[:, None] * z_stride + cols[None, :]
-    logits = tl.load(base + (member * width + padded_ranks), mask=there, other=0.0)
-    for part in tl.static_range(1, SPLITS):
+    base = z_ptr + tokens.to(tl.int64)[:, None] * z_stride + MEMBERS * padded_ranks + cols[None, :]
+    logits = tl.zeros([tokens.shape[0], E2], dtype=tl.float32)
+    for part in tl.static_range(SPLITS):
         # the small parts first would round less; their order changes the last bit only
-        later = MEMBERS * width + ((part - 1) * MEMBERS + member) * padded_experts
-        logits += tl.load(base + later, mask=there, other=0.0)
+        place = base + (part * MEMBERS + member) * padded_experts
+        logits += tl.load(place, mask=there, other=0.0)
     return tl.where(real[None, :], logits * inverse_temperature, float("-inf"))
 
 
@@ -251,7 +251,7 @@ def _store_slots(
 
 
 @triton.jit(
-    do_not_specialize=["T", "blocks"],
+    do_not_specialize=["T", "blocks", "slots_size"],
     do_not_specialize_on_alignment=["mask_ptr", "mature0_ptr", "mature1_ptr", "mature2_ptr"],
 )
 def _route_fwd_kernel(
@@ -272,6 +272,7 @@ def _route_fwd_kernel(
     z_stride,
     padded_ranks,
     padded_experts,
+    slots_size,
     blocks,
     inverse_temperature,
     capacity_share,
@@ -292,7 +293,7 @@ def _route_fwd_kernel(
     """Softmax, top-k, capacity, renormalisation, and the scaled ranks ``expand(w) * (A x)``.
 
     With ``DISPATCH`` (tokens in a slot block of an expert, else 0) no rank is scaled; instead each
-    token is entered in the slots of its experts, see :func:`_store_slots`; for one member.
+    token is entered in the slots of its experts, see :func:`_store_slots`.
     """
     pid = tl.program_id(0)
     member = tl.program_id(1)
@@ -300,6 +301,7 @@ def _route_fwd_kernel(
     statistics_ptr += member * (3 * E2 + 2)
     decision_ptr += member * 2 * T.to(tl.int64) * experts
     mixed_ptr += member * T.to(tl.int64) * ranks
+    slots_ptr += member * slots_size
     tokens = pid * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = tokens < T
     cols = tl.arange(0, E2)
@@ -311,7 +313,7 @@ def _route_fwd_kernel(
     probs = _softmax(logits, real)
     chosen = _choose(logits, K, E2)
     keep = (chosen > 0) & real
-    if HAS_CAPACITY or HAS_STATISTICS:
+    if HAS_CAPACITY or HAS_STATISTICS or DISPATCH > 0:
         number = 0.0
         before = tl.zeros([E2], dtype=tl.float32)
         slots = tl.zeros([E2], dtype=tl.float32)
@@ -358,7 +360,7 @@ def _route_fwd_kernel(
         return
     # the weights just written are read back by rank; the barrier makes them seen
     tl.debug_barrier()
-    z_ptr += member * (padded_ranks + padded_experts)
+    z_ptr += member * padded_ranks
     for start in range(0, padded_ranks, BLOCK_R):
         rank_cols = start + tl.arange(0, BLOCK_R)
         there = inside[:, None] & (rank_cols < ranks)[None, :]
@@ -424,8 +426,7 @@ def _route_bwd_kernel(
 
     With ``q[e]`` the sum of gradient times scaled rank, the logits' gradient is ``q - w sum(q)``
     (``p`` instead of ``w`` for K = 1): no division by a weight, and none is needed at weight 0.
-    With ``HAS_SHARES`` (one member) the first pointer holds ``q`` itself, and only the scores are
-    left to do.
+    With ``HAS_SHARES`` the first pointers hold ``q`` itself, and only the scores are left to do.
     """
     member = tl.program_id(1)
     grad_mixed_ptr = _of(member, grad_mixed0_ptr, grad_mixed1_ptr, grad_mixed2_ptr, MEMBERS)
@@ -435,7 +436,6 @@ def _route_bwd_kernel(
     grad_statistics_ptr = _of(
         member, grad_statistics0_ptr, grad_statistics1_ptr, grad_statistics2_ptr, MEMBERS
     )
-    grad_z_ptr += member * (padded_ranks + padded_experts)
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = tokens < T
     cols = tl.arange(0, E2)
@@ -447,7 +447,7 @@ def _route_bwd_kernel(
     weights_ptr = decision_ptr + T.to(tl.int64) * experts
     weights = tl.load(weights_ptr + per_expert, mask=real, other=0.0)
     out_dtype = grad_z_ptr.dtype.element_ty
-    row = grad_z_ptr + wide * grad_stride
+    row = grad_z_ptr + wide * grad_stride + member * padded_ranks
     if HAS_SHARES:
         q = tl.load(grad_mixed_ptr + per_expert, mask=real, other=0.0)
     else:
@@ -488,5 +488,6 @@ def _route_bwd_kernel(
         grad_logits += probs * (tl.where(inside, lse, 0.0) * valid * 2.0 * grad_square)[:, None]
     grad_logits = tl.where(real, grad_logits * inverse_temperature, 0.0)
     columns = (cols < padded_experts)[None, :] & inside[:, None]
-    scores = row[:, None] + padded_ranks + cols[None, :]
+    start = (MEMBERS - member) * padded_ranks + member * padded_experts
+    scores = row[:, None] + start + cols[None, :]
     tl.store(scores, grad_logits.to(out_dtype), mask=columns)
