@@ -159,6 +159,10 @@ def check(
     """
     step.prepare()
     value = step.run()
+    if not conditions.optimizer:
+        # the first forward finds out which layers share their input; later ones use it
+        step.prepare()
+        value = step.run()
     if conditions.kind == "generate":
         length = conditions.tokens + step.repeats
         if value.shape[-1] != length:
