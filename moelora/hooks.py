@@ -115,10 +115,13 @@ def before_forward(
     kwargs = {key: value for key, value in kwargs.items() if key != "routing_weights"}
     batch_shape = _batch_shape(args, kwargs)
     generating = outer is not None and outer.generating
+    per_token = False
     if weights is not None:
         weights = checked_weights(base, weights)
     elif outer is not None and generating:
         weights = _step_weights(outer, batch_shape, kwargs)
+        given = outer.weights
+        per_token = given is not None and given.ndim >= 3 and given.shape[1] > 1
     if weights is not None and not torch.compiler.is_compiling():
         _pass_keyword_to_layers(base)
     for recorder in scope.recorders:
@@ -128,6 +131,7 @@ def before_forward(
     masked = tape is not None or base.training
     frame = Frame(
         weights=weights,
+        per_token=per_token,
         batch_shape=batch_shape,
         generating=generating,
         row_repeats=outer.row_repeats if outer is not None and generating else 1,
@@ -174,7 +178,7 @@ def _with_model_routing(
         weights = checked_weights(base, ask_router(attached, hidden_states))
         if isinstance(attached, Router):
             _report_attached(base, attached, hidden_states, frame)
-        return replace(frame, weights=weights, first_pass_cache=made_cache)
+        return replace(frame, weights=weights, per_token=True, first_pass_cache=made_cache)
     shared = None if routers is None else routers.decide(hidden_states, frame)
     if shared is None:
         return frame

@@ -4,6 +4,7 @@
 the user's explicit ones, or come from the routers of the layer's active mixtures.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -193,6 +194,9 @@ def _explicit_weights(
             f"Layer {_name(layer)!r} embeds pairs of positions, which belong to no row or token of "
             f"the batch. It takes only constant weights [E], got shape {tuple(weights.shape)}."
         )
+    if frame is not None and frame.per_token and weights.shape[1] == 1:
+        rows = frame.batch_shape[0] if frame.batch_shape else weights.shape[0] * frame.row_repeats
+        _check_reads_new_tokens(layer, x, tokens=rows)
     aligned = align_routing_weights(
         weights.to(x.device),
         _lead(layer, x),
@@ -240,6 +244,8 @@ def _routed_weights(layer: Any, x: Tensor, frame: Frame | None) -> dict[str, Ten
         shared = _shared_routing(layer, scopes[0], frame)
         if shared.weights is None:
             return weight_of
+        if shared.weights.shape[1] == 1:
+            _check_reads_new_tokens(layer, x, tokens=shared.weights.shape[0])
         per_token = align_routing_weights(
             shared.weights.to(x.device), _lead(layer, x), layer_name=_name(layer), frame=frame
         )
@@ -248,6 +254,18 @@ def _routed_weights(layer: Any, x: Tensor, frame: Frame | None) -> dict[str, Ten
         start, end = columns[adapter]
         weight_of[adapter] = per_token[..., start:end]
     return weight_of
+
+
+def _check_reads_new_tokens(layer: Any, x: Tensor, *, tokens: int) -> None:
+    """Weights of one new token per row must not be spread over what a layer reads from a cache."""
+    lead = _lead(layer, x)
+    if math.prod(lead) > tokens:
+        raise UnsupportedLayerError(
+            f"Layer {_name(layer)!r} reads {lead} tokens where {tokens} are new: it reads the "
+            "cache again, as multi-head latent attention does, but only the new tokens are routed. "
+            "Leave it out (exclude_modules), use router_scope='module', or generate with "
+            "use_cache=False."
+        )
 
 
 def _shared_routing(layer: Any, router_scope: str, frame: Frame | None) -> SharedRouting:

@@ -87,11 +87,20 @@ class ModuleRouter(nn.Module):
 
         Args:
             hidden_states: ``(..., in_features)`` floats, or ``(...)`` token ids for an embedding.
+
+        Raises:
+            RoutingWeightsError: if the hidden states are of another width.
         """
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
             dtype = torch.promote_types(self.weight.dtype, torch.float32)
             weight = whole(self.weight)
             first = weight if self.hidden_weight is None else whole(self.hidden_weight)
+            if not self.reads_indices and hidden_states.shape[-1] != first.shape[-1]:
+                raise RoutingWeightsError(
+                    f"The router reads hidden states of width {first.shape[-1]}, got "
+                    f"{hidden_states.shape[-1]}: not all of this model's are as wide as its config "
+                    "says. Use router_scope='module'."
+                )
             if self.reads_indices:
                 scores = F.embedding(hidden_states, first.t().to(dtype))
             else:

@@ -124,6 +124,7 @@ class Frame:
 
     Attributes:
         weights: the user's explicit routing weights, or None to route by the adapters' routers.
+        per_token: the weights are those of this forward's tokens, not one vector for all.
         batch_shape: ``(batch, seq)`` of the model's input where it has one.
         generating: inside ``generate``; rows may be repeated ``row_repeats`` times, and positions
             past those given take the last one.
@@ -141,6 +142,7 @@ class Frame:
     """
 
     weights: Tensor | None = None
+    per_token: bool = False
     batch_shape: tuple[int, int] | None = None
     generating: bool = False
     row_repeats: int = 1

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from moelora import RoutingWeightsError
 from moelora.router import ROUTER_INIT_STD, ModuleRouter
 from tests.models import gradients
 from tests.tolerances import assert_close, assert_equal
@@ -111,6 +112,13 @@ def test_experts_start_mature() -> None:
     router = ModuleRouter(in_features=6, num_experts=3, track_maturity=True)
     assert router.mature is not None
     assert router.mature.tolist() == [True, True, True]
+
+
+@pytest.mark.parametrize("hidden", [None, 3])
+def test_hidden_states_of_another_width_are_refused(hidden: int | None) -> None:
+    router = ModuleRouter(in_features=6, num_experts=3, hidden_size=hidden)
+    with pytest.raises(RoutingWeightsError, match="reads hidden states of width 6, got 5"):
+        router(torch.zeros(2, 5))
 
 
 def test_experts_are_left_out_as_any_dropout_says() -> None:

@@ -7,14 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache, PreTrainedModel
 
-from moelora import Router
+from moelora import Router, UnsupportedLayerError
 from tests.architecture_table.bases import ARCHITECTURES, Architecture
 from tests.architecture_table.cases import mixture_of
-from tests.lm import explicit_weights, mixture, perturb, tiny_llama, token_ids, two_loras
+from tests.lm import (
+    VOCABULARY,
+    explicit_weights,
+    lora_config,
+    mixture,
+    perturb,
+    tiny_llama,
+    token_ids,
+    two_loras,
+)
 from tests.test_attached import AUTOMATIC
 from tests.tolerances import assert_close, assert_equal
 
@@ -159,6 +168,70 @@ def test_explicit_weights_per_token_meet_any_strategy(strategy: str) -> None:
         generated(model, ids, use_cache=True, **options),
         generated(model, ids, use_cache=False, **options),
     )
+
+
+# A layer that reads the cache again ---------------------------------------------------------------
+
+
+def latent_attention() -> PreTrainedModel:
+    """Attention as in DeepSeek-V3, whose ``kv_b_proj`` reads all positions at each step."""
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        first_k_dense_replace=2,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return DeepseekV3ForCausalLM(config).double()
+
+
+LATENT = {"target_modules": ["q_b_proj", "kv_b_proj", "down_proj"]}
+
+
+def test_a_router_of_each_module_serves_latent_attention() -> None:
+    model, (ids, mask) = mixture(latent_attention(), **LATENT).eval(), left_padded()
+    assert_equal(
+        generated(model, ids, attention_mask=mask),
+        generated(model, ids, attention_mask=mask, use_cache=False),
+    )
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize("kind", ["layer", "model", "attached", "explicit"])
+def test_weights_of_new_tokens_are_not_given_to_what_the_cache_holds(
+    kind: str, num_beams: int
+) -> None:
+    options: dict[str, Any] = {"num_beams": num_beams}
+    ids = token_ids()
+    if kind in ("layer", "model"):
+        model = mixture(latent_attention(), router_scope=kind, **LATENT).eval()
+    else:
+        model = get_peft_model(latent_attention(), lora_config(**LATENT), adapter_name="a").eval()
+        model.add_adapter("b", lora_config(**LATENT))
+        model.base_model.set_adapter(["a", "b"])
+        perturb(model)
+        options["routing_weights"] = explicit_weights()
+    if kind == "attached":
+        del options["routing_weights"]
+        model.attach_router(Router(16, 2, top_k=1).double(), AUTOMATIC)
+    with pytest.raises(UnsupportedLayerError, match=r"kv_b_proj' reads .* tokens where"):
+        generated(model, ids, **options)
+    generated(model, ids, use_cache=False, **options)
+    model.base_model.disable_adapter_layers()
+    options.pop("routing_weights", None)
+    generated(model, ids, **options)
 
 
 # Every base that generates -----------------------------------------------------------------------
