@@ -19,12 +19,20 @@ CHECKS = {
     "DDP: parameters after 5 steps",
     "DDP: saved, reloaded on one process",
     *(f"FSDP2: gradients, scope {scope}" for scope in ("module", "layer", "model")),
-    "FSDP2: gradients, checkpointing",
+    "FSDP2: gradients, non-reentrant checkpointing",
+    "FSDP2: gradients, reentrant checkpointing",
     "FSDP2: parameters after 5 steps",
     "FSDP2: resuming continues to the bit",
     "FSDP2: saved, reloaded on one process",
     "FSDP2: bfloat16, the loss falls",
+    *(
+        f"{kind}: experts, one frozen, {how}{step}"
+        for kind in ("DDP", "FSDP2")
+        for how in ("weights given", "a router attached")
+        for step in ("", ", step")
+    ),
 }
+GPU_CHECKS = {"on another GPU than the current one", "layers on two GPUs"}
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +50,20 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_two_processes_do_what_one_does(check: str, results: list[dict[str, Any]]) -> None:
     assert len(results) == 2
     for rank in results:
-        assert rank[check]["passed"], rank[check]["note"]
+        assert rank[check]["result"] == "ok", rank[check]["note"]
 
 
 @pytest.mark.slow
 def test_the_script_checks_all_of_these(results: list[dict[str, Any]]) -> None:
-    assert [set(rank) for rank in results] == [CHECKS, CHECKS]
+    assert [set(rank) for rank in results] == [CHECKS | GPU_CHECKS] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", sorted(GPU_CHECKS))
+def test_what_needs_gpus_is_said_to_be_left_out(check: str, results: list[dict[str, Any]]) -> None:
+    for rank in results:
+        assert rank[check]["result"] == "skip"
+        assert rank[check]["note"] == "needs two GPUs"
 
 
 def test_without_gpus_the_script_says_so() -> None:
