@@ -19,6 +19,9 @@ class RouterOptions:
         scaling: multiplies every weight.
         capacity_factor: multiple of the even share an expert may serve; None for no limit.
         loss_type: the auxiliary loss whose statistics are wanted; None for none.
+
+    Raises:
+        ValueError: if ``top_k`` is not in ``[1, num_experts]``.
     """
 
     num_experts: int
@@ -27,6 +30,12 @@ class RouterOptions:
     scaling: float
     capacity_factor: float | None = None
     loss_type: LossType | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(
+                f"top_k must be between 1 and num_experts={self.num_experts}, got {self.top_k}."
+            )
 
 
 class Member(NamedTuple):

@@ -64,6 +64,7 @@ def routed_linear(
 
     Raises:
         BackendError: if ``backend`` is unknown or cannot run here.
+        ValueError: if the ranks cannot be split evenly over the experts.
 
     Example:
         >>> import torch
@@ -102,6 +103,7 @@ def routed_linears(
 
     Raises:
         BackendError: if ``backend`` is unknown or cannot run here.
+        ValueError: if the ranks cannot be split evenly over the experts.
 
     Example:
         >>> import torch
@@ -146,12 +148,15 @@ def _eager(
 
 
 def _choice(x: Tensor, member: Member, options: RouterOptions, backend: str) -> Choice:
+    ranks, experts = member.lora_a.shape[0], options.num_experts
+    if ranks % experts:
+        raise ValueError(f"ranks={ranks} cannot be split evenly over experts={experts}.")
     return explain(
         device=x.device.type,
         dtype=x.dtype,
-        num_experts=options.num_experts,
+        num_experts=experts,
         top_k=options.top_k,
-        rank=member.lora_a.shape[0] // options.num_experts,
+        rank=ranks // experts,
         backend=backend,
     )
 
@@ -179,6 +184,7 @@ def routed_linears_inference(
 
     Raises:
         BackendError: if ``backend`` is unknown or cannot run here.
+        ValueError: if the ranks cannot be split evenly over the experts.
     """
     choice = _choice(x, members[0], options, backend)
     if choice.backend != "triton":
