@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 from collections.abc import Callable, Sequence
 
 from moelora.errors import ReportError
@@ -12,13 +13,15 @@ from moelora.report.palette import (
     SIMILARITY_MAP,
     expert_colour,
 )
-from moelora.report.results import RouterReport, RoutingReport
+from moelora.report.results import RoutingReport
 
 try:
     import matplotlib
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
+
+    from moelora.report.token_picture import tokens
 except ImportError as error:
     raise ReportError(
         "Pictures need matplotlib, which is not installed: pip install 'moelora[plots]'."
@@ -66,10 +69,13 @@ def render_pictures(report: RoutingReport) -> dict[str, bytes]:
         "coactivation.png": (_coactivation, True),
         "similarity.png": (_similarity, report.similarity is not None),
         "position.png": (_position, True),
+        "tokens.png": (tokens, bool(report.token_views)),
         "training.png": (_training, report.training is not None),
     }
     pictures = {}
-    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():  # type: ignore[arg-type]
+        # a letter that the font lacks shows as a box
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
         for name, (draw, wanted) in drawers.items():
             if wanted:
                 file = io.BytesIO()
@@ -92,7 +98,7 @@ def overview(report: RoutingReport) -> Figure:
         top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.1, 1))[:, 0]
         left, middle, right = top.subplots(1, 3)
         names = [_short(domain.name) for domain in report.domains]
-        clearest = _clearest(report)
+        clearest = report.routers[report.shown[report.clearest]]
         experts = [report.experts[e] for e in clearest.experts]
         shuffled = clearest.shuffled_load or []
         _heat(left, clearest.domain_load, names, experts, beside=shuffled)
@@ -190,18 +196,8 @@ def _draw_entropy(axes: Axes, report: RoutingReport) -> None:
     axes.legend(frameon=False, loc="lower right", ncols=2)
 
 
-def _clearest(report: RoutingReport) -> RouterReport:
-    """The router that tells domains, or tokens, apart best."""
-    return max(
-        report.routers,
-        key=lambda r: (
-            r.load_entropy - r.token_entropy if r.information is None else r.information.observed
-        ),
-    )
-
-
 def _coactivation(report: RoutingReport) -> Figure:
-    router = _clearest(report)
+    router = report.routers[report.shown[report.clearest]]
     names = [report.experts[e] for e in router.experts]
     figure = _square(names)
     axes = figure.subplots()
@@ -222,7 +218,7 @@ def _similarity(report: RoutingReport) -> Figure:
 
 
 def _position(report: RoutingReport) -> Figure:
-    router = _clearest(report)
+    router = report.routers[report.shown[report.clearest]]
     figure = _figure(9.0, 3.4)
     axes = figure.subplots()
     names = [report.experts[e] for e in router.experts]

@@ -177,7 +177,7 @@ def _layers(report: RoutingReport) -> str:
 
 
 def _one_router(report: RoutingReport) -> str:
-    router = report.routers[report.shown[_first(report)]]
+    router = report.routers[report.shown[report.clearest]]
     spread = spread_out(report, router)
     names = [domain.name for domain in report.domains]
     beside = {"domains": "shuffled", "shuffled": "domains"}
@@ -238,22 +238,11 @@ def _picker(report: RoutingReport) -> str:
         seen = router.information
         label = router.label if router.reads == "tokens" else f"{router.label}, {router.reads}"
         options.append(label if seen is None else f"{label} ({seen.observed:.3f} bits)")
-    return markup.router_picker(options, chosen=_first(report))
-
-
-def _first(report: RoutingReport) -> int:
-    """The shown router to begin with: the one that tells domains, or tokens, apart best."""
-
-    def clarity(position: int) -> float:
-        router = report.routers[report.shown[position]]
-        seen = router.information
-        return router.load_entropy - router.token_entropy if seen is None else seen.observed
-
-    return max(range(len(report.shown)), key=clarity)
+    return markup.router_picker(options, chosen=report.clearest)
 
 
 def _tokens(report: RoutingReport) -> str:
-    first = _first(report)
+    first = report.clearest
     router = report.routers[report.shown[first]]
     texts = "".join(
         markup.token_text(

@@ -225,6 +225,17 @@ class RoutingReport:
 
         return write_report(self, out, pictures=pictures)
 
+    @property
+    def clearest(self) -> int:
+        """Position in ``shown`` of the router that tells domains, or tokens, apart best."""
+
+        def clarity(position: int) -> float:
+            router = self.routers[self.shown[position]]
+            seen = router.information
+            return router.load_entropy - router.token_entropy if seen is None else seen.observed
+
+        return max(range(len(self.shown)), key=clarity)
+
     def summary(self) -> dict[str, Any]:
         """Return the figures that fit on a screen."""
         return {

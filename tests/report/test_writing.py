@@ -13,6 +13,7 @@ from moelora import ReportError, RoutingReport
 from moelora.report import writing
 from moelora.report.figures import render_pictures
 from moelora.report.page import render_page
+from moelora.report.token_picture import _laid_out
 from moelora.report.writing import check_target, write_report
 from tests.report.tiny import made_up
 
@@ -47,9 +48,26 @@ def test_every_plot_is_a_picture(tmp_path: Path, domains: int) -> None:
     files = write_report(made_up(nasty="$x_{ é 🙂\n", domains=domains), tmp_path, pictures=True)
     pictures = {path.name for path in files if path.suffix == ".png"}
     expected = {"overview.png", "domains.png", "layers.png", "entropy.png", "training.png"}
-    assert pictures >= expected | {"coactivation.png", "similarity.png", "position.png"}
+    assert pictures >= expected | {
+        "coactivation.png",
+        "similarity.png",
+        "position.png",
+        "tokens.png",
+    }
     assert ("information.png" in pictures) is (domains == 2)
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG\r\n") for name in pictures)
+
+
+def _spans(texts: list[str]) -> list[tuple[int, int, str]]:
+    return [(piece.line, piece.column, piece.text) for piece in _laid_out(texts)]
+
+
+def test_tokens_of_the_picture_are_laid_out_in_lines() -> None:
+    assert _spans(["a", "", "b⏎", "c"]) == [(0, 0, "a"), (0, 1, "·"), (0, 2, "b⏎"), (1, 0, "c")]
+    # a short token is not broken, a long one is
+    assert _spans(["x" * 95, "word"]) == [(0, 0, "x" * 95), (1, 0, "word")]
+    assert _spans(["x" * 100])[1] == (1, 0, "x" * 4)
+    assert max(line for line, _, _ in _spans(["long word "] * 500)) == 5
 
 
 def test_pictures_of_the_same_report_are_the_same() -> None:
