@@ -1,13 +1,16 @@
 """Linear layers routed by their own routers: one signature, whichever implementation runs."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moelora.ops.backend import Choice, explain
 from moelora.ops.options import Member, RoutedOutput, RouterOptions
 from moelora.ops.products import base_product, in_shape, wide_mm
+from moelora.ops.reference import routed_linear_reference
 from moelora.ops.routed_eager import routed_linear_eager
 from moelora.ops.routed_sparse import RoutedLinearsSparse
 from moelora.ops.routed_triton import (
@@ -58,7 +61,8 @@ def routed_linear(
         mature: ``(experts,)`` bool; while one is False all experts share every token.
         is_conv1d: the base is a ``Conv1D``.
         record: whether logits and weights are wanted.
-        backend: ``"auto"``, ``"eager"`` or ``"triton"``; see :func:`moelora.ops.explain`.
+        backend: ``"auto"``, ``"eager"``, ``"triton"`` or ``"reference"``; see
+            :func:`moelora.ops.explain`.
         all_mature: the caller knows that every flag in ``mature`` is True, so that experts nobody
             chose may be left out where that is faster.
 
@@ -115,7 +119,8 @@ def routed_linears(
     """
     choice = _choice(x, members[0], options, backend)
     if choice.backend != "triton":
-        return [_eager(x, member, token_mask, options) for member in members]
+        run = _reference if choice.backend == "reference" else _eager
+        return [run(x, member, token_mask, options) for member in members]
     if token_mask is not None:
         token_mask = token_mask.contiguous()
     # without a capacity padding is served too, but not counted: no slots are known for it
@@ -145,6 +150,28 @@ def _eager(
         x, *member[:5], token_mask, member.mature, options, member.is_conv1d
     )
     return RoutedOutput(output, logits, weights, statistics)
+
+
+def _reference(
+    x: Tensor, member: Member, token_mask: Tensor | None, options: RouterOptions
+) -> RoutedOutput:
+    """The definition, in at least float32."""
+    dtypes = (torch.float32, x.dtype, member.lora_a.dtype, member.router.dtype)
+    wide = functools.reduce(torch.promote_types, dtypes)
+    bias = None if member.bias is None else member.bias.to(wide)
+    weight = member.base_weight.t() if member.is_conv1d else member.base_weight
+    router = member.router.to(wide)
+    flat = x.reshape(-1, x.shape[-1]).to(wide)
+    output, sums = routed_linear_reference(
+        flat, weight.to(wide), bias, member.lora_a.to(wide), member.lora_b.to(wide), router,
+        options=options, token_mask=token_mask, mature=member.mature,
+    )  # fmt: skip
+    shares = (sums[name] for name in ("mean_probs", "slot_share", "first_share"))
+    numbers = (sums["mean_squared_logsumexp"].reshape(1), sums["tokens"].to(flat).reshape(1))
+    statistics = None if options.loss_type is None else torch.cat([*shares, *numbers])
+    logits = (flat @ router.t()).detach() / options.temperature
+    output = output.to(x.dtype).reshape(*x.shape[:-1], output.shape[-1])
+    return RoutedOutput(output, logits, sums["weights"].detach(), statistics)
 
 
 def _choice(x: Tensor, member: Member, options: RouterOptions, backend: str) -> Choice:
@@ -188,7 +215,8 @@ def routed_linears_inference(
     """
     choice = _choice(x, members[0], options, backend)
     if choice.backend != "triton":
-        return [_eager(x, member, None, options) for member in members]
+        run = _reference if choice.backend == "reference" else _eager
+        return [run(x, member, None, options) for member in members]
     flat = x.reshape(-1, x.shape[-1])
     first = members[0]
     decision: Tensor | None

@@ -173,6 +173,17 @@ def test_the_op_is_its_definition_with_all_gradients(problem: Problem) -> None:
     assert_close(actual, gradients_of(problem, definitions(problem)))
 
 
+@settings(max_examples=10)
+@given(problem=problems())
+def test_the_definition_can_be_asked_for_by_name(problem: Problem) -> None:
+    named, eager = problem.run(backend="reference"), problem.run()
+    assert_close(results(problem, named), results(problem, eager))
+    ours = [named.router_logits, named.routing_weights]
+    assert_close(ours, [eager.router_logits, eager.routing_weights])
+    half = problem.cast(torch.bfloat16)
+    assert half.run(backend="reference").output.dtype == torch.bfloat16
+
+
 @settings(max_examples=25)
 @given(problem=problems())
 def test_gradcheck(problem: Problem) -> None:
