@@ -14,6 +14,7 @@ import torch
 from moelora.cli import main
 from tests.generation.words import word_tokenizer
 from tests.lm import mixture, tiny_llama
+from tests.tolerances import assert_equal
 
 ECHO = "import sys\nprint(sys.argv[1:], 'moelora' in sys.modules)\nsys.exit(7)\n"
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,6 +99,32 @@ def test_an_interruption_is_the_programs_end(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "interrupted.py").write_text("raise KeyboardInterrupt")
     assert main(["run", "interrupted"]) == 130
+
+
+# transformers serve ------------------------------------------------------------------------------
+
+
+def test_the_models_of_transformers_serve_are_mixtures_where_the_files_lie_beside_the_base(
+    tmp_path: Path,
+) -> None:
+    # all of the server but the web; it takes whole models, which may hold an adapter
+    from transformers.cli.serving.model_manager import ModelManager
+
+    tiny_llama(dtype=torch.float32).save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    model = mixture(tiny_llama(dtype=torch.float32)).eval()
+    model.save_pretrained(tmp_path)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    manager = ModelManager(device="cpu", force_model=str(tmp_path))
+    try:
+        served, tokenizer = manager.load_model_and_processor(f"{tmp_path}@main")
+        ids = tokenizer("w3 w5", return_tensors="pt")["input_ids"]
+        found = served.generate(input_ids=ids, **options)
+    finally:
+        manager.shutdown()
+    assert_equal(found, model.generate(input_ids=ids, **options))
+    with model.disable_adapter():
+        assert not torch.equal(found, model.generate(input_ids=ids, **options))
 
 
 # lm-eval ---------------------------------------------------------------------------------------
