@@ -5,11 +5,25 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bar import AIMS, number, value_of
-from benchmarks.cases import MIXTURE, UnknownNameError
+from benchmarks.bar import AIMS, Aim, number, value_of
+from benchmarks.baselines import Variant
+from benchmarks.cases import (
+    BASE,
+    CPU_TRAIN,
+    DECODE_GRAPH,
+    LORA,
+    MIXTURE,
+    PREFILL,
+    TRAIN_EAGER,
+    TRAIN_GRAPH,
+    XLORA,
+    Conditions,
+    UnknownNameError,
+)
 from benchmarks.environment import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -21,6 +35,51 @@ _MARKED = re.compile(
 _HOST_METRICS = ("us_per_linear", "added_us_per_linear", "added_launches_per_linear")
 _NOT_MEASURED = "not measured"
 Run = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One row of the README.
+
+    Attributes:
+        what: is measured.
+        over: what it is compared with.
+        aim: the figure, one of ``AIMS``.
+        is_below: whether moelora is below the line of the aim's quotient.
+    """
+
+    what: str
+    over: str
+    aim: Aim
+    is_below: bool = False
+
+
+def _aim(conditions: Conditions, variant: Variant, over: Variant, metric: str = "wall_ms") -> Aim:
+    wanted = (conditions, variant, over, metric)
+    (aim,) = [a for a in AIMS if (a.conditions, a.variant, a.over, a.metric) == wanted]
+    return aim
+
+
+_LORA_NAME, _BASE_NAME = "one LoRA, r = 16", "frozen model"
+HEADLINES = (
+    Headline("training step, CUDA graph", _LORA_NAME, _aim(TRAIN_GRAPH, MIXTURE, LORA)),
+    Headline("training step, CUDA graph", _BASE_NAME, _aim(TRAIN_GRAPH, MIXTURE, BASE)),
+    Headline("training step, eager", _LORA_NAME, _aim(TRAIN_EAGER, MIXTURE, LORA)),
+    Headline(
+        "training memory above weights", _LORA_NAME, _aim(TRAIN_EAGER, MIXTURE, LORA, "peak_mib")
+    ),
+    Headline(
+        "training step, eager",
+        "X-LoRA, 8 experts (its time / ours)",
+        _aim(TRAIN_EAGER, XLORA, MIXTURE),
+        is_below=True,
+    ),
+    Headline("prefill of 4096 tokens, eager", _BASE_NAME, _aim(PREFILL, MIXTURE, BASE)),
+    Headline("decoding one token, CUDA graph", _BASE_NAME, _aim(DECODE_GRAPH[0], MIXTURE, BASE)),
+    Headline(
+        "training step, SmolLM2-135M, two CPU cores", _LORA_NAME, _aim(CPU_TRAIN, MIXTURE, LORA)
+    ),
+)
 
 
 def load(folder: Path, paths: Sequence[Path] | None = None) -> list[Run]:
@@ -79,6 +138,54 @@ def bar_table(runs: Sequence[Run]) -> str:
             [aim.figure, f"{sign} {aim.bound:g}", f"{found.quotient:.2f}", verdict, medians]
         )
     return markdown(["figure", "to reach", "measured", "reached", "medians"], rows)
+
+
+def headline_table(runs: Sequence[Run]) -> str:
+    """The few figures of the README, each moelora's over another's, and where they come from."""
+    rows, used = [], []
+    for headline in HEADLINES:
+        aim = headline.aim
+        bound = f"≥ {aim.bound:g}" if aim.at_least else f"≤ {aim.bound:g}"
+        found = value_of(aim, runs)
+        if found is None:
+            rows.append([headline.what, headline.over, _NOT_MEASURED, "", "", bound])
+            continue
+        used.append(found.run)
+        reached = bound if aim.reached(found.quotient) else f"{bound}, **missed**"
+        values = [found.below, found.above] if headline.is_below else [found.above, found.below]
+        times = [f"{shown(value)} {_unit(aim.metric)}" for value in values]
+        quotient = f"{found.quotient:.2f}"
+        rows.append([headline.what, headline.over, *times, quotient, reached])
+    header = ["", "compared with", "moelora", "the other", "quotient", "aim"]
+    table = markdown(header, rows)
+    return f"{table}\n\n{_summary(runs)}{_machines(used)}"
+
+
+def _summary(runs: Sequence[Run]) -> str:
+    values = [(aim, value_of(aim, runs)) for aim in AIMS]
+    reached = sum(value is not None and aim.reached(value.quotient) for aim, value in values)
+    measured = sum(value is not None for _, value in values)
+    return f"Of {len(AIMS)} figures with an aim {measured} are measured and {reached} reached."
+
+
+def _machines(runs: Sequence[Run]) -> str:
+    """One sentence for each machine, with its files."""
+    files: dict[str, list[str]] = {}
+    for run in runs:
+        about = run["environment"]
+        versions = [f"{name} {about['libraries'].get(name)}" for name in ("torch", "peft")]
+        machine = f"{about['device']}, {', '.join(versions)}"
+        path = f"benchmarks/results/{run['file']}"
+        files.setdefault(machine, []).append(f"[{_short_name(run['file'])}]({path})")
+    sentences = []
+    for machine, links in files.items():
+        sentences.append(f" {machine}: data {', '.join(dict.fromkeys(links))}.")
+    return "".join(sentences)
+
+
+def _short_name(file: str) -> str:
+    """What tells a run's file from the others, short."""
+    return file.removesuffix(".json").split("-cuda-")[0].split("-cpu-")[0]
 
 
 def _unit(metric: str) -> str:
@@ -274,6 +381,7 @@ def tables_of(runs: Sequence[Run]) -> dict[str, str]:
     every_kind = [kind for kinds in _SECTIONS.values() for kind in kinds]
     return {
         "bar": bar_table(runs),
+        "headlines": headline_table(runs),
         **{name: section(runs, kinds, on_cpu=False) for name, kinds in _SECTIONS.items()},
         "cpu": section(runs, every_kind, on_cpu=True),
         "profiles": profiles(runs),

@@ -16,7 +16,9 @@ from benchmarks.cases import (
     BASE,
     LORA,
     MIXTURE,
+    TRAIN_EAGER,
     TRAIN_GRAPH,
+    XLORA,
     Case,
     Conditions,
     UnknownNameError,
@@ -109,6 +111,43 @@ def test_the_table_of_aims_says_reached_not_reached_and_not_measured() -> None:
         "| training step, 1B, CUDA graph: E = 64 / E = 8 | ≤ 1.2 | 1.50 | **no** | 90.0 / 60.0 ms |"
     ) in lines
     assert sum("not measured" in line for line in lines) == len(AIMS) - 3
+
+
+def test_the_readme_has_few_rows_of_all_kinds_and_says_how_many_aims_there_are() -> None:
+    table, _, summary = tables_of([STEP])["headlines"].partition("\n\n")
+    lines = table.splitlines()
+    assert 6 <= len(lines) - 2 <= 8
+    step = "| training step, CUDA graph | one LoRA, r = 16 | 60.0 ms | 100 ms | 0.60 | ≤ 0.65 |"
+    assert step in lines
+    assert lines[-1].endswith("| not measured |  |  | ≤ 1.35 |")
+    reached = sum(line.count("| yes |") for line in tables_of([STEP])["bar"].splitlines())
+    assert summary == (
+        f"Of {len(AIMS)} figures with an aim 3 are measured and {reached} reached. "
+        "A GPU, torch 2.11.0, peft None: data "
+        "[run-2026-01-01](benchmarks/results/run-2026-01-01.json)."
+    )
+
+
+def test_the_readme_says_what_was_missed_and_puts_moelora_first() -> None:
+    slow = run_of(
+        timed(TRAIN_EAGER, LORA, 100.0),
+        timed(TRAIN_EAGER, MIXTURE, 120.0),
+        timed(TRAIN_EAGER, XLORA, 600.0),
+    )
+    lines = tables_of([slow])["headlines"].splitlines()
+    assert (
+        "| training step, eager | one LoRA, r = 16 | 120 ms | 100 ms | 1.20 | ≤ 0.7, **missed** |"
+        in lines
+    )
+    xlora = "X-LoRA, 8 experts (its time / ours)"
+    assert (
+        f"| training step, eager | {xlora} | 120 ms | 600 ms | 5.00 | ≥ 10, **missed** |" in lines
+    )
+    assert "training memory above weights | one LoRA, r = 16 | not measured" in "\n".join(lines)
+
+
+def test_every_row_of_the_readme_is_one_of_the_aims() -> None:
+    assert all(headline.aim in AIMS for headline in report.HEADLINES)
 
 
 def test_a_group_is_shown_with_quantiles_and_both_ratios() -> None:

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
+from peft import LoraConfig
+
 from tests.docs.blocks import After
+
+
+def check_the_first_lines_show_how_tokens_are_routed(after: After) -> None:
+    routing = after.names["routing"]
+    assert routing.selected_experts.shape == (after.names["tokens"]["input_ids"].numel(), 2)
+    assert after.names["loss"].requires_grad
 
 
 def check_the_story_trains_and_saves_a_mixture(after: After) -> None:
@@ -12,7 +22,15 @@ def check_the_story_trains_and_saves_a_mixture(after: After) -> None:
         "adapter_model.safetensors",
         "router.safetensors",
     ]
-    assert after.names["config"].num_experts == 4
+    config = json.loads((after.folder / "my-mixture" / "adapter_config.json").read_text("utf-8"))
+    assert (config["num_experts"], config["peft_type"]) == (4, "MOELORA")
+
+
+def check_adapters_become_experts_and_an_expert_an_adapter(after: After) -> None:
+    assert (after.folder / "skills-report" / "report.html").is_file()
+    exported = LoraConfig.from_pretrained(after.folder / "french-again")
+    given = LoraConfig.from_pretrained(after.folder / "french")
+    assert (type(exported), exported.r) == (LoraConfig, given.r)
 
 
 def check_explicit_weights_act_and_get_gradients(after: After) -> None:

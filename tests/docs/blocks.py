@@ -83,6 +83,11 @@ def blocks_of(text: str) -> list[Block]:
     return found
 
 
+def prose_of(text: str) -> str:
+    """A page without its code, fenced or in a line: what of it can hold links."""
+    return re.sub(r"`[^`\n]+`", "``", _BLOCK.sub("", text))
+
+
 def given_of(text: str) -> list[str]:
     """The names that a page asks for."""
     return [name.strip() for names in _GIVEN.findall(text) for name in names.split(",")]

@@ -7,7 +7,7 @@ import re
 import pytest
 
 import moelora
-from tests.docs.blocks import ROOT, pages, read
+from tests.docs.blocks import ROOT, pages, prose_of, read
 
 
 def _sources(pattern: str) -> str:
@@ -43,7 +43,7 @@ def test_every_name_of_ours_in_the_table_of_migration_exists() -> None:
 
 @pytest.mark.parametrize("page", pages())
 def test_every_file_that_the_page_links_to_exists(page: str) -> None:
-    links = re.findall(r"\]\((?!https?:|mailto:)([^)#\s]+)[^)]*\)", read(page))
+    links = re.findall(r"\]\((?!https?:|mailto:)([^)#\s]+)[^)]*\)", prose_of(read(page)))
     folder = (ROOT / page).parent
     assert [link for link in links if not (folder / link).is_file()] == []
 
