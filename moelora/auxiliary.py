@@ -20,7 +20,7 @@ from torch._compile import _disable_dynamo
 
 from moelora.distributed import average_over_ranks, number_of_ranks, statistics_of
 from moelora.errors import AuxLossError
-from moelora.losses import auxiliary_losses, loss_of_statistics
+from moelora.losses import auxiliary_losses, gradient_by_statistics, loss_of_statistics
 from moelora.outputs import carried_tensors, with_aux_loss, with_tensors
 from moelora.routing import Routing
 from moelora.scope import RoutingScope, Tape, TapeEntry
@@ -41,7 +41,7 @@ _UNKNOWN_SCALE = (
 
 
 class _AttachGradient(torch.autograd.Function):
-    """Pass ``output`` through; in backward give ``loss`` the gradient ``scale``.
+    """Pass ``output`` through; in backward X
 
     Source: Megatron-LM's MoEAuxLossAutoScaler; here the scale is an argument, not global state.
     """
@@ -321,11 +321,22 @@ def attach_deferred(result: Tensor, entry: TapeEntry, tape: Tape) -> Tensor:
     """
     if entry.coefficient == 0 or tape.deferred is None or not entry.has_graph:
         return result
-    loss = _losses(_joined([entry])).sum()
     weighted_scale, plain_scale = tape.deferred
     scale = weighted_scale * entry.coefficient + plain_scale
-    if isinstance(scale, Tensor):
-        scale = scale.to(loss.device)
+    if entry.statistics is not None and not entry.over_ranks:
+        # layer by layer, the loss itself would cost three times as many small operations
+        values, num_experts = entry.statistics
+        loss, slope = (
+            values,
+            gradient_by_statistics(
+                values.detach(), num_experts=num_experts, loss_type=entry.loss_type
+            ),
+        )
+        scale = slope * (scale.to(values.device) if isinstance(scale, Tensor) else scale)
+    else:
+        loss = _losses(_joined([entry])).sum()
+        if isinstance(scale, Tensor):
+            scale = scale.to(loss.device)
     attached: Tensor = _AttachGradient.apply(result, loss, scale)
     return attached
 

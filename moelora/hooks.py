@@ -215,7 +215,9 @@ def _report_attached(base: nn.Module, router: Router, hidden_states: Tensor, fra
         TapeEntry(
             layer_name="model",
             routing=routing,
-            token_mask=mask.reshape(-1) if mask is not None and fits else None,
+            token_mask=mask.reshape(-1).to(router.weight.device)
+            if mask is not None and fits
+            else None,
             loss_type=spec.loss_type,
             coefficient=spec.aux_loss_coef,
             router_is_trainable=any(p.requires_grad for p in router.parameters()),

@@ -145,6 +145,32 @@ def loss_of_statistics(
     return num_experts * (share * statistics[:, :num_experts]).sum(dim=-1)
 
 
+def gradient_by_statistics(
+    statistics: Float[Tensor, " size"], *, num_experts: int, loss_type: str
+) -> Float[Tensor, " size"]:
+    """The gradient of one router's :func:`loss_of_statistics`, without the loss itself.
+
+    Args:
+        statistics: a row of what is given there.
+        num_experts: experts of the router.
+        loss_type: as in the config.
+
+    Example:
+        >>> statistics = torch.tensor([0.5, 0.5, 1.0, 0.0, 1.0, 0.0, 3.0, 7.0])
+        >>> gradient_by_statistics(statistics, num_experts=2, loss_type="aux_loss")
+        tensor([2., 0., 0., 0., 0., 0., 0., 0.])
+    """
+    width = (statistics.shape[0] - 2) // 3
+    gradient = torch.zeros_like(statistics)
+    if loss_type == "z_loss":
+        gradient[3 * width] = 1.0
+        return gradient
+    start = 2 * width if loss_type == "switch" else width
+    share = statistics[start : start + num_experts]
+    torch.mul(share, num_experts, out=gradient[:num_experts])
+    return gradient
+
+
 def auxiliary_loss(
     routing: Routing, *, loss_type: str, token_mask: Bool[Tensor, " tokens"] | None = None
 ) -> Float[Tensor, ""]:

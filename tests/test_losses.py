@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moelora import load_balancing_loss, router_z_loss, switch_loss, top_k_routing
-from moelora.losses import auxiliary_loss
+from moelora.losses import auxiliary_loss, gradient_by_statistics, loss_of_statistics
 from tests.models import gradients, unchecked_types
 from tests.tolerances import assert_close, assert_equal
 
@@ -165,3 +165,15 @@ def test_inputs_of_different_length_are_refused() -> None:
     match = "router_probs holds 2 tokens but selected_experts 3"
     with unchecked_types(), pytest.raises(ValueError, match=match):
         load_balancing_loss(torch.full((2, 2), 0.5), torch.zeros(3, 1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("loss_type", ["aux_loss", "switch", "z_loss"])
+@pytest.mark.parametrize(("experts", "width"), [(3, 3), (3, 8)])
+def test_the_gradient_by_statistics_is_that_of_the_loss(
+    loss_type: str, experts: int, width: int
+) -> None:
+    statistics = torch.rand(3 * width + 2, dtype=torch.float64, requires_grad=True)
+    loss = loss_of_statistics(statistics[None], num_experts=experts, loss_type=loss_type)
+    (expected,) = torch.autograd.grad(loss.sum(), statistics)
+    found = gradient_by_statistics(statistics.detach(), num_experts=experts, loss_type=loss_type)
+    torch.testing.assert_close(found, expected)
