@@ -1,9 +1,6 @@
 """Train a mixture on one or several processes; the launcher decides how.
 
-    accelerate launch --config_file examples/distributed/fsdp2.yaml examples/distributed/train.py \
-        --data lines.txt --out my-mixture --expect FSDP
-
-The same script for DDP (ddp.yaml), FSDP2 and DeepSpeed (zero2.yaml, zero3.yaml), or one process.
+Start it as ``accelerate launch --config_file fsdp2.yaml train.py --data lines.txt --expect FSDP``.
 """
 
 import argparse
@@ -22,11 +19,11 @@ from transformers import (
 from moelora import MoELoraConfig
 
 
-def main() -> None:
-    """Train, keep checkpoints on the way, and save the mixture."""
+def main() -> Trainer:
+    """Train, keep checkpoints on the way, save the mixture, and return the trainer."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--data", required=True, type=Path, help="a text file, one example a line")
+    parser.add_argument("--data", required=True, type=Path, help="a text, one example a line")
     parser.add_argument("--out", default="my-mixture")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--save-steps", type=int, default=50)
@@ -36,7 +33,6 @@ def main() -> None:
     parser.add_argument("--backend", help="how processes talk: gloo for DeepSpeed on the CPU")
     parser.add_argument("--expect", help="stop unless this is how it is distributed: FSDP, ...")
     arguments = parser.parse_args()
-
     # first of all: DeepSpeed's ZeRO-3 has to know of it before the model is loaded
     training = TrainingArguments(
         arguments.out,
@@ -47,6 +43,8 @@ def main() -> None:
         logging_steps=1,
         use_cpu=arguments.cpu,
         ddp_backend=arguments.backend,
+        # experts that no token chose get zeros, so no parameter is ever left out
+        ddp_find_unused_parameters=False,
     )
     # every process draws the same experts and routers
     set_seed(training.seed)
@@ -54,7 +52,6 @@ def main() -> None:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     lines = arguments.data.read_text(encoding="utf-8").splitlines()
     dataset = [tokenizer(line, truncation=True, max_length=512) for line in lines if line]
-
     config = MoELoraConfig(
         num_experts=8,
         target_modules="all-linear",
@@ -75,6 +72,7 @@ def main() -> None:
         raise SystemExit(f"Expected distributed type {arguments.expect}, but got {kind}.")
     trainer.train(resume_from_checkpoint=arguments.resume)
     trainer.save_model(arguments.out)
+    return trainer
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors.torch import save_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -105,7 +106,10 @@ def check_split_model(job: Job) -> None:
             job.skip(name, "accelerate is not installed")
             continue
         folder = job.folder / f"base-{job.rank}"
-        base(job).save_pretrained(folder)
+        # every rank for itself: in a process group, only the first would write
+        model = base(job)
+        model.config.save_pretrained(folder)
+        save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
         mapped = adapt(split_by_map(folder, job.device, other), **fields).train()
         used = {p.device for p in mapped.parameters()}
         job.report(f"{name}: on both", f"{sorted(map(str, used))}", passed=len(used) > 1)
