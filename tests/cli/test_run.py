@@ -1,12 +1,11 @@
-"""`moelora run`: arguments and exit codes; lm-eval judges a mixture through it."""
+"""`moelora run`: arguments and exit codes; what `transformers serve` loads through it.
+
+lm-eval runs by it in tests/examples/test_uses.py.
+"""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,29 +16,6 @@ from tests.lm import mixture, tiny_llama
 from tests.tolerances import assert_equal
 
 ECHO = "import sys\nprint(sys.argv[1:], 'moelora' in sys.modules)\nsys.exit(7)\n"
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def moelora_run(
-    *arguments: object, folder: Path, flags: tuple[str, ...] = ("-m", "moelora", "run")
-) -> subprocess.CompletedProcess[str]:
-    """The command as a person types it, in ``folder``."""
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", *flags, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        cwd=folder,
-        env={**_environment(), "HF_HOME": str(folder / "hf")},
-        check=False,
-    )
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "HF_DATASETS_OFFLINE": "1"}
 
 
 @pytest.mark.parametrize(
@@ -125,83 +101,3 @@ def test_the_models_of_transformers_serve_are_mixtures_where_the_files_lie_besid
     assert_equal(found, model.generate(input_ids=ids, **options))
     with model.disable_adapter():
         assert not torch.equal(found, model.generate(input_ids=ids, **options))
-
-
-# lm-eval ---------------------------------------------------------------------------------------
-
-TASK = """\
-task: next_word
-dataset_path: json
-dataset_kwargs: {data_files: {test: %s}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{prompt}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{answer}}"
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-"""
-EXAMPLES = [
-    {"prompt": f"w{n} w{n + 7} w{n + 3}", "choices": [f"w{n + 1}", "w20 w5", "w60"], "answer": 0}
-    for n in range(1, 7)
-]
-
-
-@pytest.fixture(scope="module")
-def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[list[float]]]:
-    """What lm-eval writes of a mixture, and the log-likelihoods that it should have found."""
-    pytest.importorskip("lm_eval")
-    folder = tmp_path_factory.mktemp("lm-eval")
-    tokenizer = word_tokenizer()
-    tokenizer.eos_token = "w60"
-    tokenizer.save_pretrained(folder / "base")
-    base = tiny_llama(dtype=torch.float32)
-    base.save_pretrained(folder / "base")
-    model = mixture(base).eval()
-    model.save_pretrained(folder / "mixture")
-    (folder / "tasks").mkdir()
-    data = folder / "data.jsonl"
-    data.write_text("".join(json.dumps(example) + "\n" for example in EXAMPLES))
-    (folder / "tasks" / "next_word.yaml").write_text(TASK % data)
-    done = moelora_run(
-        "lm_eval",
-        *("--model", "hf", "--tasks", "next_word", "--include_path", "tasks"),
-        *("--model_args", f"pretrained={folder / 'base'},peft={folder / 'mixture'},dtype=float32"),
-        *("--device", "cpu", "--batch_size", "2", "--output_path", "out", "--log_samples"),
-        folder=folder,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (results,) = (folder / "out").rglob("results_*.json")
-    (samples,) = (folder / "out").rglob("samples_*.jsonl")
-    found = json.loads(results.read_text())["results"]["next_word"]
-    lines = [json.loads(line) for line in samples.read_text().splitlines()]
-    likelihoods = [[float(r[0][0]) for r in line["resps"]] for line in lines]
-    expected = [_likelihoods(model, tokenizer, line["doc"]) for line in lines]
-    return {"accuracy": found["acc,none"], "likelihoods": likelihoods}, expected
-
-
-def _likelihoods(model: Any, tokenizer: Any, example: dict[str, Any]) -> list[float]:
-    """The log-likelihood of each choice after the prompt."""
-    found = []
-    for choice in example["choices"]:
-        prompt, target = tokenizer(example["prompt"])["input_ids"], tokenizer(choice)["input_ids"]
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
-        picked = logits.log_softmax(-1).gather(1, torch.tensor(target)[:, None])
-        found.append(picked.sum().item())
-    return found
-
-
-@pytest.mark.slow
-def test_lm_eval_finds_the_likelihoods_of_the_mixture(judged: Any) -> None:
-    found, expected = judged
-    assert len(expected) == len(EXAMPLES)
-    for ours, theirs in zip(expected, found["likelihoods"], strict=True):
-        assert theirs == pytest.approx(ours, rel=1e-4)
-
-
-@pytest.mark.slow
-def test_lm_eval_reports_the_accuracy_that_follows(judged: Any) -> None:
-    found, expected = judged
-    best = [likelihoods.index(max(likelihoods)) for likelihoods in expected]
-    right = [choice == example["answer"] for choice, example in zip(best, EXAMPLES, strict=True)]
-    assert found["accuracy"] == pytest.approx(sum(right) / len(right))

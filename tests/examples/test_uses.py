@@ -1,0 +1,88 @@
+"""The examples for other architectures, generation and lm-eval, as a person runs them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.examples.tiny import EXAMPLES, run_example
+
+
+@pytest.mark.slow
+def test_every_base_of_the_example_learns_and_reloads_to_the_bit() -> None:
+    done = run_example(EXAMPLES / "architectures.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = re.findall(r"(.+): loss ([\d.]+) -> ([\d.]+); reloaded (.+)", done.stdout)
+    assert [name for name, *_ in found] == ["GPT-2", "T5", "ViT", "a plain nn.Module"]
+    for _, before, after, reloaded in found:
+        assert float(after) < float(before)
+        assert reloaded == "bit-equal"
+
+
+@pytest.mark.slow
+def test_every_way_to_write_in_the_example_gives_what_no_cache_gives() -> None:
+    done = run_example(EXAMPLES / "generation.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line for line in done.stdout.splitlines() if "cache" in line]
+    assert len(lines) == 5
+    assert all(line.endswith("as without a cache") for line in lines), lines
+    assert re.search(r"beams: \['w\d+", done.stdout)
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder that lm-eval's example made, and its samples."""
+    pytest.importorskip("lm_eval")
+    out = tmp_path_factory.mktemp("judged")
+    offline = {"HF_DATASETS_OFFLINE": "1", "HF_HOME": str(out / "hf")}
+    # a program that moelora runs, and that lets moelora run lm-eval
+    launcher = ("-m", "moelora", "run")
+    done = run_example(*launcher, EXAMPLES / "evaluate.py", "--out", out, **offline)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "|counting" in done.stdout
+    (results,) = (out / "results").rglob("results_*.json")
+    (samples,) = (out / "results").rglob("samples_*.jsonl")
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    accuracy = json.loads(results.read_text())["results"]["counting"]["acc,none"]
+    return out, {"accuracy": accuracy, "samples": lines}
+
+
+def likelihoods(model: Any, tokenizer: Any, example: dict[str, Any]) -> list[float]:
+    """The log-likelihood of each choice after the prompt."""
+    found = []
+    for choice in example["choices"]:
+        prompt, target = tokenizer(example["prompt"])["input_ids"], tokenizer(choice)["input_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
+        picked = logits.log_softmax(-1).gather(1, torch.tensor(target)[:, None])
+        found.append(picked.sum().item())
+    return found
+
+
+@pytest.mark.slow
+def test_lm_eval_finds_the_likelihoods_and_the_accuracy_of_the_mixture(judged: Any) -> None:
+    out, found = judged
+    base = AutoModelForCausalLM.from_pretrained(out / "base")
+    model = PeftModel.from_pretrained(base, out / "mixture").eval()
+    tokenizer = AutoTokenizer.from_pretrained(out / "base")
+    right = []
+    for sample in found["samples"]:
+        expected = likelihoods(model, tokenizer, sample["doc"])
+        assert [float(r[0][0]) for r in sample["resps"]] == pytest.approx(expected, rel=1e-4)
+        right.append(expected[0] > expected[1])
+    assert len(right) == 10
+    assert found["accuracy"] == pytest.approx(sum(right) / len(right))
+    # what it learnt; chance is a half
+    assert found["accuracy"] > 0.6
+
+
+@pytest.mark.parametrize("name", ["architectures.py", "generation.py", "evaluate.py"])
+def test_the_example_fits_a_page(name: str) -> None:
+    assert len((EXAMPLES / name).read_text(encoding="utf-8").splitlines()) < 80
