@@ -16,7 +16,7 @@ MODULE is what `python -m` takes (lm_eval), a console script (transformers) or a
 follows it belongs to the program, --help included, and its exit code is this command's.
 
   moelora run lm_eval --model hf --model_args pretrained=BASE,peft=MIXTURE --tasks hellaswag
-  moelora run transformers serve --force-model MIXTURE
+  moelora run transformers serve FOLDER
   torchrun --nproc-per-node 2 -m moelora run train.py"""
 
 
