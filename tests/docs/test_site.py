@@ -94,3 +94,15 @@ def test_every_subcommand_is_on_the_page_about_the_command_line() -> None:
     page = (DOCS / "reference" / "command-line.md").read_text(encoding="utf-8")
     told = re.findall(r"^\| `moelora (\w+)", page, flags=re.MULTILINE)
     assert sorted(told) == sorted(command.__name__.rsplit(".", 1)[1] for command in COMMANDS)
+
+
+def test_every_file_of_the_repository_that_a_page_names_exists() -> None:
+    pages = {path.name: path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md")}
+    named = re.compile(r"`((?:examples|benchmarks|tests)/[\w/.-]*)`")
+    missing = [
+        (name, file)
+        for name, page in pages.items()
+        for file in named.findall(page)
+        if not (ROOT / file).exists()
+    ]
+    assert missing == []
