@@ -81,10 +81,18 @@ def measure_host(case: Case, bases: BaseModels, effort: Effort) -> dict[str, Any
             added = (summary(times)["p50"] - summary(base_times)["p50"]) / linears
             metrics[f"{way.name}_added_us_per_linear"] = added
             metrics[f"{way.name}_us_per_linear"] = added + alone[way.name]
-        if device.type == "cuda":
-            launches = _launches(step) - _launches(base_step)
-            metrics[f"{way.name}_added_launches_per_linear"] = launches / max(1, linears)
     return {"metrics": metrics, "errors": errors}
+
+
+def measure_launches(case: Case, bases: BaseModels) -> dict[str, float]:
+    """Kernel launches that an adapter adds to one linear, by way; the profiler counts them."""
+    found = {}
+    for way in _WAYS:
+        built, step, _ = _step(case.conditions, case.variant, bases, way)
+        _, base_step, _ = _step(case.conditions, Variant("base"), bases, way)
+        launches = _launches(step) - _launches(base_step)
+        found[f"{way.name}_added_launches_per_linear"] = launches / max(1, _linears(built))
+    return found
 
 
 def _linears(built: Built) -> int:

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from benchmarks.baselines import Built
 from benchmarks.cases import COMPILED, Case, Conditions, groups_of
 from benchmarks.correctness import WrongResultError, check, expected_of
-from benchmarks.hosttime import measure_host
+from benchmarks.hosttime import measure_host, measure_launches
 from benchmarks.memory import growth, peak_above_weights, refuse_growth
 from benchmarks.ops import measure_op
 from benchmarks.roofline import Ceilings, measure_ceilings
@@ -116,20 +117,32 @@ class Runner:
         return self._model(case, built)
 
     def _model(self, case: Case, built: Built) -> dict[str, Any]:
-        """Check, time, then look at kernels and memory."""
+        """Check, time, then look at memory; the kernels come when every case has been timed."""
         memory = self._eager_peak(case, built)
         errors, step = self._checked(case, built)
         (metrics,) = time_steps([step], self.device, self.effort)
         found: dict[str, Any] = {**metrics, **memory}
         if case.conditions.mode == "eager":
             found.update(peak_above_weights(step, built.model, self.device))
-        extra: dict[str, Any] = {}
-        if self.device.type == "cuda":
-            kernels, top = kernel_profile(step, top=self.profile)
-            found.update(kernels)
-            if top:
-                extra["kernels"] = top
-        return {"metrics": found, "errors": errors, **extra}
+        return {"metrics": found, "errors": errors}
+
+    def look_at_kernels(self, case: Case) -> dict[str, Any]:
+        """What a case that was timed does on the device: ``metrics``, and ``kernels`` if asked for.
+
+        The profiler leaves its hooks in the driver, which every later launch of the process pays
+        for: nothing may be timed after it.
+        """
+        if case.conditions.kind == "host":
+            return {"metrics": measure_launches(case, self.bases)}
+        if case.conditions.kind in {"op", "leak"}:
+            return {"metrics": {}}
+        step = make_step(build_for(case.conditions, case.variant, self.bases), case.conditions)
+        for _ in range(3):
+            step.prepare()
+            step.run()
+        step.prepare()
+        metrics, top = kernel_profile(step, top=self.profile)
+        return {"metrics": metrics, **({"kernels": top} if top else {})}
 
     def _eager_peak(self, case: Case, built: Built) -> dict[str, float]:
         """The peak of a step that will be recorded: a recorded one keeps its memory."""
@@ -232,16 +245,31 @@ def run_and_write(
 ) -> list[dict[str, Any]]:
     """Run ``cases``, keep the file up to date after each, and tell the progress on stderr."""
     results: list[dict[str, Any]] = []
+
+    def write() -> None:
+        ceilings = runner.measured_ceilings()
+        write_json(path, {"format": FORMAT, **about, "ceilings": ceilings, "results": results})
+
     for result in runner.run(cases):
         results.append(result)
         tell(f"[{runner.elapsed:6.1f} s {len(results)}/{len(cases)}] {line_of(result)}")
-        content = {
-            "format": FORMAT,
-            **about,
-            "ceilings": runner.measured_ceilings(),
-            "results": results,
-        }
-        write_json(path, content)
+        write()
+    if runner.device.type != "cuda":
+        return results
+    of_name = {case.name: case for case in cases}
+    for result in results:
+        if result["status"] != "ok" or runner.elapsed > runner.seconds:
+            continue
+        case = of_name[result["case"]]
+        seen = guarded(case, partial(runner.look_at_kernels, case))
+        runner.tidy()
+        if seen["status"] != "ok":
+            tell(f"{case.name}: its kernels could not be looked at: {seen['reason']}")
+            continue
+        result["metrics"].update(seen["metrics"])
+        if "kernels" in seen:
+            result["kernels"] = seen["kernels"]
+        write()
     return results
 
 

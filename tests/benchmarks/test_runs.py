@@ -138,6 +138,12 @@ def test_the_file_is_whole_after_every_case(tmp_path: Path, capsys: Any) -> None
     assert "2/2] train/tiny/2x8/fp32/eager/base: wall_ms" in progress
 
 
+def test_kernels_are_looked_at_by_themselves() -> None:
+    seen = Runner(CPU, effort=EFFORT, profile=2).look_at_kernels(Case(TRAIN, LORA))
+    assert seen["metrics"]["launches"] == 0.0  # a processor launches none
+    assert "wall_ms" not in seen["metrics"]
+
+
 def test_copies_of_a_base_model_share_its_weights_but_no_module() -> None:
     bases = BaseModels(CPU)
     one, other = bases.copy_of("tiny", "fp32"), bases.copy_of("tiny", "fp32")
