@@ -60,6 +60,11 @@ class Runner:
         return self._bases
 
     @property
+    def looks_at_kernels(self) -> bool:
+        """Whether there is a device whose kernels can be counted."""
+        return self.device.type == "cuda"
+
+    @property
     def elapsed(self) -> float:
         """Seconds since the run began."""
         return time.monotonic() - self.began
@@ -254,7 +259,7 @@ def run_and_write(
         results.append(result)
         tell(f"[{runner.elapsed:6.1f} s {len(results)}/{len(cases)}] {line_of(result)}")
         write()
-    if runner.device.type != "cuda":
+    if not runner.looks_at_kernels:
         return results
     of_name = {case.name: case for case in cases}
     for result in results:

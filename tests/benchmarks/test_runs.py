@@ -138,10 +138,31 @@ def test_the_file_is_whole_after_every_case(tmp_path: Path, capsys: Any) -> None
     assert "2/2] train/tiny/2x8/fp32/eager/base: wall_ms" in progress
 
 
-def test_kernels_are_looked_at_by_themselves() -> None:
-    seen = Runner(CPU, effort=EFFORT, profile=2).look_at_kernels(Case(TRAIN, LORA))
-    assert seen["metrics"]["launches"] == 0.0  # a processor launches none
-    assert "wall_ms" not in seen["metrics"]
+def test_kernels_are_looked_at_when_everything_has_been_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    order = []
+    measured = Runner._outcome
+
+    def outcome(self: Runner, case: Case) -> dict[str, Any]:
+        order.append(("timed", case.variant.name))
+        return measured(self, case)
+
+    def profile(step: Any, *, top: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        assert step.run().isfinite()
+        order.append(("profiled", top))
+        return {"launches": 7.0}, [{"kernel": "gemm", "calls": 1, "ms": 1.0}]
+
+    monkeypatch.setattr(Runner, "_outcome", outcome)
+    monkeypatch.setattr("benchmarks.runner.kernel_profile", profile)
+    runner = Runner(CPU, effort=EFFORT, profile=2)
+    monkeypatch.setattr(Runner, "looks_at_kernels", True)
+    cases = [Case(TRAIN, BASE), Case(TRAIN, LORA)]
+    results = run_and_write(runner, cases, tmp_path / "one.json", about={})
+    kinds = [kind for kind, _ in order]
+    assert kinds == ["timed", "timed", "profiled", "profiled"]
+    assert [result["metrics"]["launches"] for result in results] == [7.0, 7.0]
+    assert json.loads((tmp_path / "one.json").read_text())["results"][1]["kernels"]
 
 
 def test_copies_of_a_base_model_share_its_weights_but_no_module() -> None:
