@@ -160,8 +160,10 @@ def add_auxiliary_loss(
 def router_losses(entries: list[TapeEntry]) -> tuple[Tensor, Tensor]:
     """The mean over routers of their loss, and of coefficient times loss."""
     groups: dict[tuple[Any, ...], list[TapeEntry]] = {}
-    for entry in _joined(entries):
-        groups.setdefault(_kind(entry), []).append(entry)
+    for number, entry in enumerate(_joined(entries)):
+        # a traced size as a key would fix it, and a traced mask has no address
+        kind = (number,) if torch.compiler.is_compiling() else _kind(entry)
+        groups.setdefault(kind, []).append(entry)
     sums = [(group[0].coefficient, _losses(group).sum()) for group in groups.values()]
     device = sums[0][1].device
     mean = torch.stack([total.to(device) for _, total in sums]).sum() / len(entries)

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from moelora.ops import combine_linear
+from moelora.ops import combine_linear, mix_ranks
 
 
 class FrozenLinear(NamedTuple):
@@ -96,6 +97,41 @@ def _is_plain_pair(layer: Any, adapter: str, x: Tensor) -> bool:
     # float32 parameters beside a bfloat16 model: products in bfloat16 with float32 sums cost less
     # accuracy than the output's own rounding; float16 could overflow
     return same or (x.is_cuda and x.dtype == torch.bfloat16)
+
+
+def narrows(layer: Any, adapter: str, x: Tensor) -> bool:
+    """Whether a compiled layer multiplies wider parameters in the dtype of ``x``.
+
+    Where nothing is traced the fused ops do so; the general way would compute in float32 throughout
+    as PEFT does, several times slower on a GPU.
+
+    Args:
+        layer: a LoRA layer.
+        adapter: one of its adapters.
+        x: the layer's input.
+    """
+    if not (torch.compiler.is_compiling() and x.is_cuda and x.dtype == torch.bfloat16):
+        return False
+    return layer.lora_A[adapter].weight.dtype != x.dtype and _is_plain_pair(layer, adapter, x)
+
+
+def narrow_combine(x: Tensor, lora_a: Tensor, lora_b: Tensor, weights: Tensor) -> Tensor:
+    """:func:`moelora.ops.lora_combine` in the dtype of ``x``, mixing in that of ``weights``.
+
+    Args:
+        x: ``(*batch, d_in)``.
+        lora_a: ``(ranks, d_in)``.
+        lora_b: ``(d_out, ranks)``.
+        weights: ``(*batch, experts)`` or broadcastable, weight times scaling, at least float32.
+
+    Example:
+        >>> one = torch.ones(1, 1)
+        >>> narrow_combine(one.bfloat16(), one, one, 2 * one)
+        tensor([[2.]], dtype=torch.bfloat16)
+    """
+    ranks = F.linear(x, lora_a.to(x.dtype)).to(weights.dtype)
+    delta: Tensor = F.linear(mix_ranks(ranks, weights).to(x.dtype), lora_b.to(x.dtype))
+    return delta
 
 
 def combine(

@@ -15,7 +15,7 @@ from moelora import _peft
 from moelora.alignment import align_routing_weights, check_routing_weights
 from moelora.decision import MixtureSpec, consecutive_columns, decide
 from moelora.errors import RoutingWeightsError, UnsupportedLayerError
-from moelora.fused_layer import combine, fusable, is_plain_linear
+from moelora.fused_layer import combine, fusable, is_plain_linear, narrow_combine, narrows
 from moelora.ops import lora_combine, mix_ranks
 from moelora.places import reads_position_pairs
 from moelora.routed_layer import planned_forward
@@ -310,7 +310,8 @@ def _token_mask(layer: Any, x: Tensor, frame: Frame | None) -> Tensor | None:
     if mask is None or isinstance(layer, _peft.ConvLayer):
         return None
     if lead == tuple(mask.shape) or (len(lead) == 1 and lead[0] == mask.numel()):
-        return mask.reshape(-1)
+        # a model that is split over devices gets its mask on the first of them
+        return mask.reshape(-1).to(x.device)
     return None
 
 
@@ -320,6 +321,10 @@ def _token_mask(layer: Any, x: Tensor, frame: Frame | None) -> Tensor | None:
 def _linear_delta(layer: Any, adapter: str, x: Tensor, weights: Tensor | None) -> Tensor:
     lora_a, lora_b = layer.lora_A[adapter], layer.lora_B[adapter]
     scaling = layer.scaling[adapter]
+    if weights is not None and narrows(layer, adapter, x):
+        return narrow_combine(
+            x, lora_a.weight, lora_b.weight, _scaled(weights, scaling, torch.float32)
+        )
     x = layer.lora_dropout[adapter](layer._cast_input_dtype(x, lora_a.weight.dtype))
     if weights is None:
         return lora_b(lora_a(x)) * scaling  # type: ignore[no-any-return]

@@ -122,12 +122,13 @@ def limit_capacity(
         >>> limit_capacity(routing, capacity_factor=1.0).routing_weights[:, 0]
         tensor([0.7311, 0.0000])
     """
-    tokens, num_experts = routing.router_probs.shape
+    num_experts = routing.router_probs.shape[-1]
     top_k = routing.selected_experts.shape[-1]
     chosen = torch.zeros_like(routing.router_probs).scatter(-1, routing.selected_experts, 1.0)
     share = capacity_factor * top_k / num_experts
     if token_mask is None:
-        capacity = torch.full((), float(tokens), device=chosen.device)
+        # counted, since a compiled forward would be bound to this very number
+        capacity = torch.ones_like(chosen[:, 0]).sum()
     else:
         chosen = chosen * token_mask.unsqueeze(-1)
         capacity = token_mask.sum().to(chosen.dtype)

@@ -1,0 +1,233 @@
+"""What is compiled, against the same without compilation; run as a script, a line of JSON per case.
+
+In a process of its own: the test run's type checks would be traced along.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import CompileConfig
+
+import moelora.layer
+from tests.lm import (
+    explicit_weights,
+    gradients_of,
+    lora_layers,
+    mixture,
+    tiny_llama,
+    token_ids,
+    two_loras,
+)
+
+LENGTHS = (7, 9, 12)
+Found = dict[str, Any]
+
+
+def base(**sizes: Any) -> Any:
+    return tiny_llama(dtype=torch.float32, num_hidden_layers=1, **sizes)
+
+
+def compiled(function: Callable[..., Any], *, backend: str = "eager") -> Callable[..., Any]:
+    """In one graph, with nothing compiled before."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    result: Callable[..., Any] = torch.compile(function, fullgraph=True, backend=backend)
+    return result
+
+
+def far(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest relative error."""
+    pairs = zip(actual, expected, strict=True)
+    return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs)
+
+
+def step_of(model: PeftModel, call: Callable[..., Any], **inputs: Any) -> list[Tensor]:
+    """Loss and all gradients of a training step."""
+    model.zero_grad()
+    output = call(**inputs)
+    output.loss.backward()
+    gradients = [torch.zeros(()) if g is None else g.clone() for g in gradients_of(model)]
+    return [output.loss.detach(), output.aux_loss.detach(), *gradients]
+
+
+def training_inputs(length: int) -> dict[str, Tensor]:
+    """A batch with padding."""
+    ids = token_ids(length=length)
+    mask = torch.ones_like(ids)
+    mask[1, length - 2 :] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def over_lengths(run: Callable[[int], tuple[list[Tensor], list[Tensor]]]) -> Found:
+    """Errors at all lengths, and the number of graphs after each."""
+    errors, graphs = [], []
+    for length in LENGTHS:
+        errors.append(far(*run(length)))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    return {"error": max(errors), "graphs": graphs}
+
+
+def training() -> Found:
+    """A step with labels, loss and auxiliary loss, padding and capacity; lengths vary."""
+    model = mixture(
+        base(),
+        target_modules=["q_proj", "down_proj"],
+        router_aux_loss_coef=2.0,
+        expert_capacity_factor=1.0,
+    ).train()
+    call = compiled(model, backend="aot_eager")
+
+    def run(length: int) -> tuple[list[Tensor], list[Tensor]]:
+        inputs = training_inputs(length)
+        return step_of(model, call, **inputs), step_of(model, model, **inputs)
+
+    return over_lengths(run)
+
+
+def unpadded() -> Found:
+    """A training forward without a mask; lengths vary."""
+    model = mixture(base(), target_modules=["down_proj"], expert_capacity_factor=1.0).train()
+    call = compiled(model)
+
+    def run(length: int) -> tuple[list[Tensor], list[Tensor]]:
+        ids = token_ids(length=length)
+        losses = [function(input_ids=ids, labels=ids).loss.detach() for function in (call, model)]
+        return losses[:1], losses[1:]
+
+    return over_lengths(run)
+
+
+def evaluation(**fields: Any) -> Found:
+    """A forward without gradients; lengths vary."""
+    model = mixture(base(), target_modules=["q_proj", "down_proj"], **fields).eval()
+    call = compiled(model)
+
+    @torch.no_grad()
+    def run(length: int) -> tuple[list[Tensor], list[Tensor]]:
+        ids = token_ids(length=length)
+        return [call(input_ids=ids).logits], [model(input_ids=ids).logits]
+
+    return over_lengths(run)
+
+
+def explicit() -> Found:
+    """Plain adapters under the caller's weights, with gradients; lengths vary."""
+    model = two_loras(base()).train()
+    call = compiled(model)
+
+    def run(length: int) -> tuple[list[Tensor], list[Tensor]]:
+        ids, weights = token_ids(length=length), explicit_weights(length=length).float()
+        results = []
+        for function in (call, model):
+            model.zero_grad()
+            output = function(input_ids=ids, labels=ids, routing_weights=weights)
+            output.loss.backward()
+            results.append([output.loss.detach(), *(g.clone() for g in gradients_of(model))])
+        return results[0], results[1]
+
+    return over_lengths(run)
+
+
+def one_layer() -> Found:
+    """An adapted layer alone."""
+    layer = next(iter(lora_layers(mixture(base()).eval()).values()))
+    call = compiled(layer)
+
+    @torch.no_grad()
+    def run(length: int) -> tuple[list[Tensor], list[Tensor]]:
+        x = torch.randn(2, length, 16)
+        return [call(x)], [layer(x)]
+
+    return over_lengths(run)
+
+
+def wide_parameters() -> Found:
+    """Float32 adapters over a bfloat16 base compute in bfloat16, as on a GPU."""
+    narrows = moelora.layer.narrows
+    model = mixture(tiny_llama(dtype=torch.bfloat16, num_hidden_layers=1)).eval()
+    assert next(p for n, p in model.named_parameters() if "lora_A" in n).dtype == torch.float32
+    seen = []
+
+    def as_on_a_gpu(_layer: Any, _adapter: str, x: Tensor) -> bool:
+        seen.append(x.dtype)
+        return True
+
+    ids = token_ids()
+    exact = model.get_base_model()
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        moelora.layer.narrows = as_on_a_gpu
+        try:
+            narrow = compiled(model)(input_ids=ids).logits
+        finally:
+            moelora.layer.narrows = narrows
+        expected = exact.double()(input_ids=ids).logits
+    ratio = far([narrow], [expected]) / far([plain], [expected])
+    return {"error": ratio, "graphs": [1], "seen": bool(seen)}
+
+
+def generation() -> Found:
+    """The static cache's compiled decoding, as transformers does by itself on a GPU."""
+    model = mixture(base(), target_modules=["q_proj"]).eval()
+    ids = token_ids(rows=1)
+    told = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(input_ids=ids, **told)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    how = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    how._compile_all_devices = True
+    found = model.generate(input_ids=ids, cache_implementation="static", compile_config=how, **told)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return {"error": float(not torch.equal(found, expected)), "graphs": [graphs]}
+
+
+def on_gpu(mode: str) -> None:
+    """A training step in float32 on a GPU; writes the error of loss and gradients."""
+    warnings.simplefilter("ignore")
+    model = mixture(tiny_llama(dtype=torch.float32), router_aux_loss_coef=2.0).cuda().train()
+    inputs = {name: tensor.cuda() for name, tensor in training_inputs(9).items()}
+    call = torch.compile(model, fullgraph=True, mode=mode)
+    for _ in range(3):
+        # the third run replays what the second recorded
+        torch.compiler.cudagraph_mark_step_begin()
+        found = step_of(model, call, **inputs)
+    error = far(found, step_of(model, model, **inputs))
+    sys.stdout.write(json.dumps({"error": error}) + "\n")
+
+
+CASES: dict[str, Callable[[], Found]] = {
+    "training": training,
+    "unpadded": unpadded,
+    "evaluation": evaluation,
+    "evaluation_by_block": lambda: evaluation(router_scope="layer"),
+    "explicit": explicit,
+    "one_layer": one_layer,
+    "wide_parameters": wide_parameters,
+    "generation": generation,
+}
+
+
+def main() -> None:
+    """Write a line for each case."""
+    warnings.simplefilter("ignore")
+    for name in sys.argv[1:] or CASES:
+        torch.manual_seed(0)
+        try:
+            found = CASES[name]()
+        except Exception as error:  # noqa: BLE001 - the test shows it
+            found = {"failed": f"{type(error).__name__}: {error}"[:3000]}
+        breaks = dict(torch._dynamo.utils.counters["graph_break"])
+        sys.stdout.write(f"CASE {json.dumps({'case': name, 'breaks': breaks, **found})}\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
