@@ -145,6 +145,7 @@ def read_lora_config(locate: Locator) -> Any:
     peft_type = content.get("peft_type") if isinstance(content, dict) else None
     if peft_type == DISK_PEFT_TYPE:
         config, _ = read_folder(locate.model_id, subfolder=locate.subfolder)
+        _check_base_name(config, path)
         return config
     if peft_type != "LORA":
         raise CheckpointError(
@@ -156,6 +157,7 @@ def read_lora_config(locate: Locator) -> Any:
     except (TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     _check_numbers(config, path)
+    _check_base_name(config, path)
     return config
 
 
@@ -317,6 +319,12 @@ def _check_numbers(config: Any, path: Path) -> None:
         ):
             raise CheckpointError(f"{path}: {name} must map names to numbers, got {pattern!r}.")
     _check_names(config, path)
+
+
+def _check_base_name(config: Any, path: Path) -> None:
+    name = config.base_model_name_or_path
+    if name is not None and not isinstance(name, str):
+        raise CheckpointError(f"{path}: base_model_name_or_path must be a string, got {name!r}.")
 
 
 def _check_names(config: Any, path: Path) -> None:

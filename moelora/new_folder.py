@@ -42,14 +42,17 @@ def check_new_folder(
         Its path, without links.
 
     Raises:
-        CheckpointError: if ``out`` is a file, one of the sources, or not empty (with ``force``: if
-            it holds something else than an adapter).
+        CheckpointError: if ``out`` is a file or lies below one, is one of the sources, or not empty
+            (with ``force``: if it holds something else than an adapter).
     """
     if not os.fspath(out):
         raise CheckpointError("The folder to write to must have a name, got ''.")
     path = Path(out).resolve()
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{out} is a file, not a folder to write to.")
+    existing = next(each for each in path.parents if each.exists())
+    if not existing.is_dir():
+        raise CheckpointError(f"{out} cannot be written: {existing} is a file.")
     for source in sources:
         if Path(source).is_dir() and Path(source).resolve() == path:
             raise CheckpointError(f"{out} is read from and not replaced: choose another folder.")

@@ -41,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Args:
         argv: arguments without the program's name; None takes those of the process.
+
+    Raises:
+        OSError: of another program that ``moelora run`` started.
     """
     arguments = build_parser().parse_args(argv)
     prefix = f"moelora {arguments.command}"
@@ -48,6 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = arguments.run(arguments)
     except MoELoraError as error:
         print(f"{prefix}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except OSError as error:
+        # of a file or folder that the arguments name; another program's own end as they would
+        if arguments.command == "run":
+            raise
+        told = error.strerror or str(error) or type(error).__name__
+        name = "" if error.filename is None else f": {error.filename!s:.200}"
+        print(f"{prefix}: error: {' '.join(f'{told}{name}'.split())}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print(f"{prefix}: interrupted, nothing was written.", file=sys.stderr)

@@ -114,12 +114,16 @@ def _run(options: DemoOptions, skills: list[Skill] | None) -> "DemoResults":
     from transformers.utils import logging
 
     from moelora.demo.job import Clock, run_demo
+    from moelora.demo.model import locate_model
     from moelora.demo.sources import build_skills
 
     # one bar is enough, and what transformers will rename is no concern of the demo's user
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     clock = Clock()
+    if options.model is not None:
+        # a folder that is no model is told before the texts are made
+        locate_model(options.model)
     if skills is None:
         with clock.part("build data"):
             skills = build_skills(seed=options.seed)

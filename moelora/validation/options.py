@@ -97,6 +97,9 @@ def check_out(out: Path) -> None:
     """
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ValidationError(f"--out must be a folder to create or replace, but {out} is a file.")
+    existing = next((each for each in out.parents if each.exists()), out)
+    if existing != out and not existing.is_dir():
+        raise ValidationError(f"--out {out} cannot be made, since {existing} is a file.")
     foreign = (
         sorted(p.name for p in out.iterdir() if p.name not in RESULT_FILES) if out.is_dir() else []
     )
