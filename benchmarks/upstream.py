@@ -54,9 +54,14 @@ def copies(folder: Path) -> dict[str, Path]:
     for place in places.values():
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(Path(spec.origin).parent, place / "peft", ignore=ignore)
+    # inside a repository git would take the paths for that one's
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    alone["GIT_CEILING_DIRECTORIES"] = str(folder.resolve())
+    apply = ["git", "apply", "--whitespace=nowarn", "-"]
     for diff in diffs():
-        apply = ["git", "apply", "--whitespace=nowarn", "-"]
-        subprocess.run(apply, cwd=places["patched"], input=diff, text=True, check=True)  # noqa: S603 - fixed words
+        subprocess.run(  # noqa: S603 - fixed words
+            apply, cwd=places["patched"].resolve(), env=alone, input=diff, text=True, check=True
+        )
     return places
 
 
