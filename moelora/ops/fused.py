@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moelora.ops.eager import mix_ranks
+from moelora.ops.gradients import first_order
 from moelora.ops.products import base_gradient, base_product, in_shape, wide_mm
 
 
@@ -39,7 +39,7 @@ class _CombineLinear(torch.autograd.Function):
         return in_shape(output, ctx.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, base_weight, lora_a, lora_b, weights, ranks = ctx.saved_tensors
         needs_x, _, _, needs_a, needs_b, needs_weights, _ = ctx.needs_input_grad

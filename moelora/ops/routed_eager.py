@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moelora.ops.eager import mix_ranks
+from moelora.ops.gradients import first_order
 from moelora.ops.options import RouterOptions
 from moelora.ops.products import base_gradient, base_product, in_shape, wide_mm
 
@@ -52,7 +52,7 @@ class _RoutedLinearEager(torch.autograd.Function):
         return in_shape(output, ctx.shape), statistics, logits, weights
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(
         ctx: Any, grad: Tensor | None, grad_statistics: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:

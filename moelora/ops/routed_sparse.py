@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from moelora.ops.gradients import first_order, in_dtype, output_gradients
 from moelora.ops.options import Member, RouterOptions
 from moelora.ops.products import wide_mm
 from moelora.ops.routed_triton import (
@@ -19,7 +19,6 @@ from moelora.ops.routed_triton import (
     Sizes,
     input_gradient,
     launchers,
-    output_gradients,
     outputs_of,
     pack,
     route,
@@ -79,7 +78,7 @@ class RoutedLinearsSparse(torch.autograd.Function):
         return (*outputs, *each, decision)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Backward."""
         sizes, number, needs = ctx.sizes, ctx.members, ctx.needs_input_grad
@@ -120,7 +119,7 @@ class RoutedLinearsSparse(torch.autograd.Function):
                 _outer(x, grad_compact, slots[index], grad_a, sizes, strides=(sizes.d_in, 1))
                 results[4 + 5 * index + 2] = grad_a
                 own = grad_routers[index * sizes.padded_experts :][: sizes.experts]
-                results[4 + 5 * index + 4] = own.to(ctx.dtypes[2])
+                results[4 + 5 * index + 4] = in_dtype(own, ctx.dtypes[2], sizes.experts)
         if needs[0]:
             parts = zip(weights, lora_as, lora_bs, routers, strict=True)
             members = [Member(weight, None, a, b, router) for weight, a, b, router in parts]

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from moelora.ops.gradients import first_order, in_dtype, output_gradients
 from moelora.ops.options import Member, RouterOptions
 from moelora.ops.products import base_gradient, base_product, in_shape, update_first, wide_mm
 
@@ -39,6 +39,8 @@ class Sizes:
         self.first_score = members * self.padded_ranks
         self.grad_columns = self.first_score + members * self.padded_experts
         self.rows = self.first_score + self.splits * members * self.padded_experts
+        #: of the gradient columns
+        self.parts = [self.padded_ranks] * members + [self.padded_experts] * members
         # at least the padded experts, whose gradients have to be written as zeros
         self.experts_block = max(8, _power_of_two(experts))
         self.rank_block = _power_of_two(self.rank) if self.rank else 0
@@ -312,7 +314,7 @@ class RoutedLinears(torch.autograd.Function):
         return (*outputs, *each, decision)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Backward."""
         sizes, number = ctx.sizes, ctx.sizes.members
@@ -323,7 +325,8 @@ class RoutedLinears(torch.autograd.Function):
         results: list[Tensor | None] = [None] * (4 + 5 * number)
         for index, (grad, mixed) in enumerate(zip(grads, saved[0], strict=True)):
             if needs[4 + 5 * index + 3]:
-                results[4 + 5 * index + 3] = wide_mm(grad.t(), mixed).to(ctx.dtypes[1])
+                grad_b = wide_mm(grad.t(), mixed)
+                results[4 + 5 * index + 3] = in_dtype(grad_b, ctx.dtypes[1], grad_b.shape[0])
         needs_rows = any(needs[4 + 5 * i + 2] or needs[4 + 5 * i + 4] for i in range(number))
         if not (needs[0] or needs_rows):
             return tuple(results)
@@ -332,15 +335,11 @@ class RoutedLinears(torch.autograd.Function):
             grad_mixed, saved, gradients[number : 2 * number], ctx.options, sizes
         )
         if needs_rows:
-            grad_rows = wide_mm(grad_z.t(), x)
+            parts = wide_mm(grad_z.t(), x).split_with_sizes(sizes.parts)
             for index in range(number):
-                start = index * sizes.padded_ranks
-                results[4 + 5 * index + 2] = grad_rows[start : start + sizes.ranks].to(
-                    ctx.dtypes[0]
-                )
-                start = sizes.first_score + index * sizes.padded_experts
-                grad_router = grad_rows[start : start + sizes.experts]
-                results[4 + 5 * index + 4] = grad_router.to(ctx.dtypes[2])
+                grad_a, grad_router = parts[index], parts[number + index]
+                results[4 + 5 * index + 2] = in_dtype(grad_a, ctx.dtypes[0], sizes.ranks)
+                results[4 + 5 * index + 4] = in_dtype(grad_router, ctx.dtypes[2], sizes.experts)
         if needs[0]:
             # the leading bits of the router's rows are all that the dtype of x can hold
             used = rows[: sizes.grad_columns]
@@ -348,18 +347,6 @@ class RoutedLinears(torch.autograd.Function):
                 ctx.shape
             )
         return tuple(results)
-
-
-def output_gradients(
-    gradients: Sequence[Tensor | None], lora_bs: Sequence[Tensor], x: Tensor
-) -> list[Tensor]:
-    """The gradient of each member's output, ``(tokens, d_out)``; zeros where nobody used it."""
-    return [
-        x.new_zeros(x.shape[0], lora_b.shape[0])
-        if grad is None
-        else grad.reshape(-1, lora_b.shape[0])
-        for grad, lora_b in zip(gradients[: len(lora_bs)], lora_bs, strict=True)
-    ]
 
 
 def outputs_of(
