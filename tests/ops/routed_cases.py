@@ -10,7 +10,14 @@ import sys
 import torch
 from torch import Tensor
 
-from moelora.ops import RouterOptions, backend, routed_linear, routed_linear_reference
+from moelora.ops import (
+    Member,
+    RouterOptions,
+    backend,
+    routed_linear,
+    routed_linear_reference,
+    routed_linears_inference,
+)
 
 #: tokens, d_in, d_out, experts, rank, k, capacity factor, padded, maturity (None: not tracked)
 CASES = [
@@ -64,6 +71,67 @@ def errors(case: tuple, loss_type: str, name: str, dtype: torch.dtype) -> list[f
     return [float((a.double() - b).norm() / (b.norm() + 1e-12)) for a, b in pairs]
 
 
+def of_layout(layout: str, *, tokens: int, trains: bool) -> list[float]:
+    """The same for inputs, masks and gradients that are not contiguous, and for no tokens.
+
+    Nothing but the output is asked for: neither capacity nor statistics.
+    """
+    generator = torch.Generator().manual_seed(tokens)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    x = {
+        "plain": lambda: normal(tokens, 12),
+        "turned": lambda: normal(12, tokens).t(),
+        "every other": lambda: normal(tokens, 24)[:, ::2],
+        "repeated": lambda: normal(1, 12).expand(tokens, 12),
+    }[layout]()
+    weight, a, b, router = normal(7, 12), normal(8, 12), normal(7, 8), normal(4, 12)
+    options = RouterOptions(4, 2, 2.0, 1.7, 1.0 if layout == "every other" else None)
+    wide = [tensor.double() for tensor in (x, weight, a, b, router)]
+    if not trains:
+        options = RouterOptions(4, 2, 2.0, 1.7)
+        member = Member(weight, None, a, b, router)
+        (result,) = routed_linears_inference(x, [member], options=options, backend="triton")
+        expected, _ = routed_linear_reference(*wide[:2], None, *wide[2:], options=options)
+        return [relative(result.output, expected)]
+    mask = (torch.rand(2 * tokens, generator=generator) > 0.3)[::2]
+    told = {"options": options, "token_mask": mask if options.capacity_factor else None}
+    ours = [tensor.requires_grad_() for tensor in (x, a, b, router)]
+    output = routed_linear(ours[0], weight, None, *ours[1:], **told, backend="triton").output
+    theirs = [tensor.detach().double().requires_grad_() for tensor in ours]
+    expected, _ = routed_linear_reference(theirs[0], wide[1], None, *theirs[1:], **told)
+    direction = normal(7, tokens).t()
+    # what was computed may be written to, and an expanded gradient has no strides
+    (output.mul_(direction) * torch.ones(()).expand_as(output)).sum().backward()
+    if tokens:
+        (expected * direction).sum().backward()
+    pairs = [(output, expected * direction)]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.grad is not None
+        pairs.append((one.grad, torch.zeros_like(other) if other.grad is None else other.grad))
+    return [relative(one, other) for one, other in pairs]
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """The error relative to the norm."""
+    return float((actual.double() - expected).norm() / (expected.norm() + 1e-12))
+
+
+#: Layout, tokens, whether with gradients. Up to 16 tokens take other kernels without.
+LAYOUTS = [
+    ("turned", 5, False),
+    ("every other", 5, False),
+    ("repeated", 5, False),
+    ("turned", 20, False),
+    ("every other", 20, True),
+    ("turned", 33, True),
+    ("repeated", 3, True),
+    ("plain", 0, True),
+]
+
+
 def main() -> int:
     """Run all cases on the kernels, dense and sparse; say which are wrong."""
     wrong = []
@@ -74,6 +142,10 @@ def main() -> int:
             found = errors(case, LOSSES[number % 3], "triton", torch.float32)
             if not max(found) < 2e-5:
                 wrong.append((sparse_from, case, found))
+        for layout, tokens, trains in LAYOUTS:
+            found = of_layout(layout, tokens=tokens, trains=trains)
+            if not max(found) < 2e-5:
+                wrong.append((sparse_from, (layout, tokens, trains), found))
     for line in wrong:
         sys.stderr.write(f"{line}\n")
     return len(wrong)

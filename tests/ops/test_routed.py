@@ -41,23 +41,84 @@ def _explained(**changes: object) -> Choice:
     return explain(**{**sizes, **changes})  # type: ignore[arg-type]
 
 
-def test_a_processor_runs_pytorchs_operations() -> None:
-    assert _explained().backend == "eager"
-    assert "needs a CUDA device" in _explained().reason
+#: What is asked, and what comes: the backend, whether sparse, and a part of the reason.
+RULE = [
+    ({}, "eager", False, "needs a CUDA device, this is cpu"),
+    ({"device": torch.device("cpu")}, "eager", False, "needs a CUDA device, this is cpu"),
+    ({"device": "meta"}, "eager", False, "needs a CUDA device, this is meta"),
+    ({"backend": "eager"}, "eager", False, "backend='eager' was asked for"),
+    ({"device": "cuda", "backend": "eager"}, "eager", False, "backend='eager' was asked for"),
+    ({"backend": "reference"}, "reference", False, "backend='reference' was asked for"),
+    ({"device": "cuda"}, "triton", False, "At most 300 ranks"),
+    ({"device": "cuda:1"}, "triton", False, "At most 300 ranks"),
+    ({"device": "cuda", "backend": "triton"}, "triton", False, "At most 300 ranks"),
+    ({"device": "cuda", "dtype": torch.bfloat16}, "triton", False, "At most 300 ranks"),
+    ({"device": "cuda", "dtype": torch.float16}, "eager", False, "the input is torch.float16"),
+    ({"device": "cuda", "dtype": torch.float64}, "eager", False, "the input is torch.float64"),
+    # 300 ranks for each chosen expert: 600 with two
+    ({"device": "cuda", "num_experts": 60, "rank": 10}, "triton", False, "At most 300 ranks"),
+    ({"device": "cuda", "num_experts": 61, "rank": 10}, "triton", True, "More than 300 ranks"),
+    ({"device": "cuda", "num_experts": 64, "top_k": 4}, "triton", False, "At most 300 ranks"),
+    ({"device": "cuda", "num_experts": 64, "top_k": 1}, "triton", True, "More than 300 ranks"),
+    ({"device": "cuda", "num_experts": 1, "top_k": 1}, "triton", False, "At most 300 ranks"),
+    # the most that the kernels take, and one more
+    ({"device": "cuda", "num_experts": 256}, "triton", True, "More than 300 ranks"),
+    ({"device": "cuda", "num_experts": 257}, "eager", False, "got 257 and 2"),
+    ({"device": "cuda", "num_experts": 32, "top_k": 16}, "triton", False, "At most 300 ranks"),
+    ({"device": "cuda", "num_experts": 32, "top_k": 17}, "eager", False, "got 32 and 17"),
+    ({"device": "cuda", "num_experts": 256, "rank": 64}, "triton", True, "More than 300 ranks"),
+    ({"device": "cuda", "num_experts": 256, "rank": 65}, "eager", False, "got 32768"),
+    # experts and rank are each padded to a power of two
+    ({"device": "cuda", "num_experts": 129, "rank": 65}, "eager", False, "got 32768"),
+]
 
 
-def test_a_gpu_runs_the_kernels_and_leaves_out_many_unchosen_experts() -> None:
+@pytest.mark.parametrize(("asked", "backend", "is_sparse", "reason"), RULE, ids=str)
+def test_the_rule_names_what_runs_and_why(
+    asked: dict[str, object], backend: str, is_sparse: bool, reason: str
+) -> None:
     pytest.importorskip("triton")
-    assert _explained(device="cuda", dtype=torch.bfloat16).backend == "triton"
-    assert not _explained(device="cuda").is_sparse
-    assert _explained(device="cuda", num_experts=64).is_sparse
-    assert _explained(device="cuda", dtype=torch.float16).backend == "eager"
+    choice = _explained(**asked)
+    assert (choice.backend, choice.is_sparse) == (backend, is_sparse)
+    assert reason in choice.reason
 
 
-def test_a_backend_asked_for_by_name_that_cannot_run_is_an_error() -> None:
-    with pytest.raises(BackendError, match="backend='triton' cannot run: .*torch.float16"):
-        _explained(device="cuda", dtype=torch.float16, backend="triton")
-    with pytest.raises(BackendError, match="cannot run: The kernels take up to 256 experts"):
-        _explained(device="cuda", num_experts=512, backend="triton")
+REFUSED = [row[0] for row in RULE if row[1] == "eager" and "backend" not in row[0]]
+
+
+@pytest.mark.parametrize("asked", REFUSED, ids=str)
+def test_what_auto_does_not_run_on_the_kernels_cannot_be_forced_onto_them(
+    asked: dict[str, object],
+) -> None:
+    pytest.importorskip("triton")
+    with pytest.raises(BackendError, match="backend='triton' cannot run: "):
+        _explained(**asked, backend="triton")
+
+
+def test_without_triton_a_gpu_runs_pytorchs_operations(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    explain.cache_clear()
+    with caplog.at_level("INFO", logger="moelora.ops.backend"):
+        assert _explained(device="cuda", rank=7) == Choice("eager", "Triton is not installed.")
+        assert _explained(device="cuda", rank=7).backend == "eager"
+    # once, not at every layer
+    assert caplog.text.count("Using PyTorch's operations instead of Triton's kernels") == 1
+    with pytest.raises(BackendError, match="cannot run: Triton is not installed"):
+        _explained(device="cuda", backend="triton")
+    explain.cache_clear()
+
+
+def test_an_interpreter_stands_in_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    explain.cache_clear()
+    assert _explained(backend="triton").backend == "triton"
+    assert _explained().backend == "eager"
+    explain.cache_clear()
+
+
+def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(BackendError, match="backend must be one of .*'eager'.*, got 'fast'"):
         _explained(backend="fast")
