@@ -1,0 +1,136 @@
+"""Layers routed in one op, used in ways that the op itself does not see."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.utils.parametrize as parametrize
+from torch import Tensor, nn
+
+from tests.lm import explicit_weights, gradients_of, lora_layers, mixture, token_ids, two_loras
+from tests.mixtures import draw_input, moe_config, moe_model
+from tests.models import gradients, one_layer
+from tests.tolerances import assert_close, assert_equal
+
+
+def planned_layer(**fields: Any) -> Any:
+    """A layer that has been routed in one op."""
+    layer = one_layer(moe_model(moe_config(**fields)))
+    layer(draw_input())
+    assert layer.__dict__["_moelora_plan"] is not None
+    return layer
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["routed", "explicit weights"])
+def test_what_follows_a_layer_may_write_into_its_output(explicit: bool) -> None:
+    model, told = mixture(), {}
+    if explicit:
+        model, told = two_loras(), {"routing_weights": explicit_weights()}
+    model.train()
+    ids = token_ids()
+
+    def step(hook: Any) -> list[Tensor | None]:
+        layers = list(lora_layers(model).values())
+        handles = [layer.register_forward_hook(hook) for layer in layers]
+        model.zero_grad()
+        model(input_ids=ids, labels=ids, **told).loss.backward()
+        for handle in handles:
+            handle.remove()
+        return gradients_of(model)
+
+    expected = step(lambda _layer, _args, output: output * 1.5)
+    assert_close(step(lambda _layer, _args, output: output.mul_(1.5)), expected)
+
+
+class Doubled(nn.Module):
+    """A parametrisation."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "lora_router", "base_layer"])
+def test_a_part_may_be_parametrised_later(part: str) -> None:
+    layer, x = planned_layer(), draw_input()
+    doubled = copy.deepcopy(layer)
+    for each in (layer, doubled):
+        module = getattr(each, part)
+        module = module if part == "base_layer" else module["e0"]
+        if each is layer:
+            parametrize.register_parametrization(module, "weight", Doubled())
+        else:
+            module.weight.data.mul_(2)
+    assert_close(layer(x), doubled(x))
+
+
+def test_a_model_made_in_inference_mode_runs_in_it() -> None:
+    with torch.inference_mode():
+        # more ranks than the ops compute for nothing, and flags that say who is young
+        model = mixture(r=400, router_type="learned_with_maturity").eval()
+        ids = token_ids()
+        first = model(input_ids=ids).logits
+        assert_equal(model(input_ids=ids).logits, first)
+
+
+def test_functional_calls_use_what_they_are_given() -> None:
+    layer, x = planned_layer(), draw_input()
+    given = {name: 2 * p.detach() for name, p in layer.named_parameters()}
+    changed = copy.deepcopy(layer)
+    changed.load_state_dict(given)
+    assert_close(torch.func.functional_call(layer, given, (x,)), changed(x))
+    assert_close(torch.func.vmap(layer)(x), layer(x))
+    assert_close(torch.func.jacrev(layer)(x), torch.func.jacfwd(layer)(x))
+
+
+def test_a_copy_and_a_pickle_of_a_layer_are_independent_of_it() -> None:
+    layer, x = planned_layer(), draw_input()
+    expected = layer(x)
+    copies = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
+    with torch.no_grad():
+        layer.lora_A["e0"].weight.zero_()
+    for each in copies:
+        assert each.__dict__["_moelora_plan"] is None
+        assert_equal(each(x), expected)
+
+
+@pytest.mark.parametrize("change", ["replaced", "data", "in place", "moved"])
+def test_whatever_way_a_parameter_changes_the_next_call_sees_it(change: str) -> None:
+    layer, x = planned_layer(), draw_input()
+    owner = layer.lora_B["e0"]
+    new = torch.randn_like(owner.weight)
+    with torch.no_grad():
+        if change == "replaced":
+            owner.weight = nn.Parameter(new)
+        elif change == "data":
+            owner.weight.data = new
+        elif change == "in place":
+            owner.weight.copy_(new)
+        else:
+            layer.float()
+            new, x = new.float(), x.detach().float()
+            owner.weight.copy_(new)
+    fresh = copy.deepcopy(layer)
+    assert_equal(layer(x), fresh(x))
+    assert_equal(owner.weight.detach(), new)
+
+
+def test_one_layer_used_twice_in_a_forward_gathers_both_gradients() -> None:
+    layer = planned_layer()
+    first, second = draw_input(), draw_input(tokens=4)
+    leaves = [p for p in layer.parameters() if p.requires_grad]
+    together = gradients(torch.cat([layer(first), layer(second)], dim=1).sum(dim=1), leaves)
+    parts = [gradients(layer(x).sum(dim=1), leaves) for x in (first, second)]
+    assert_close(together, [a + b for a, b in zip(*parts, strict=True)])
+
+
+def test_under_autocast_the_output_keeps_the_layers_dtype() -> None:
+    layer = planned_layer().float()
+    x = draw_input().detach().float()
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+    assert (found.float() - expected).norm() < 3e-2 * expected.norm()
