@@ -100,8 +100,9 @@ def work(rank: int, ranks: int, device: str, folder: str, only: str, end: float)
                 job.report(check.__name__, traceback.format_exc().strip(), passed=False)
             finally:
                 job.results[-1]["seconds"] = round(time.perf_counter() - start, 2)
-                results = json.dumps(job.results)
-                (job.folder / f"results-{rank}.json").write_text(results, encoding="utf-8")
+                beside = job.folder / f"results-{rank}.part"
+                beside.write_text(json.dumps(job.results), encoding="utf-8")
+                beside.replace(job.folder / f"results-{rank}.json")
 
 
 def versions() -> dict[str, str]:
@@ -117,17 +118,46 @@ def version(name: str) -> str:
         return getattr(sys.modules.get(name), "__version__", "absent")
 
 
-def run(arguments: argparse.Namespace) -> list[list[dict[str, object]]]:
-    """Start the processes, wait for them, and return what each found."""
-    end = time.time() + 60 * arguments.minutes
-    with tempfile.TemporaryDirectory() as folder:
-        job = (arguments.ranks, arguments.device, folder, arguments.only, end)
-        try:
-            mp.start_processes(work, args=job, nprocs=arguments.ranks, start_method="spawn")
-        except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-            print(f"FAIL  a process ended early: {error}", flush=True)
-        files = [Path(folder) / f"results-{rank}.json" for rank in range(arguments.ranks)]
-        return [json.loads(f.read_text(encoding="utf-8")) if f.exists() else [] for f in files]
+def run(arguments: argparse.Namespace, folder: str) -> list[list[dict[str, object]]]:
+    """Start the processes, keep the report up to date, and return what was found."""
+    start = time.time()
+    job = (
+        arguments.ranks,
+        arguments.device,
+        folder,
+        arguments.only,
+        start + 60 * arguments.minutes,
+    )
+    context = mp.start_processes(
+        work, args=job, nprocs=arguments.ranks, start_method="spawn", join=False
+    )
+    try:
+        while not context.join(timeout=1):
+            write_report(arguments, found_so_far(folder, arguments.ranks))
+    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+        print(f"FAIL  a process ended early: {error}", flush=True)
+    return found_so_far(folder, arguments.ranks)
+
+
+def found_so_far(folder: str, ranks: int) -> list[list[dict[str, object]]]:
+    """What each rank has left in its file."""
+    files = [Path(folder) / f"results-{rank}.json" for rank in range(ranks)]
+    return [json.loads(f.read_text(encoding="utf-8")) if f.exists() else [] for f in files]
+
+
+def write_report(arguments: argparse.Namespace, ranks: list[list[dict[str, object]]]) -> None:
+    """The report, if one is wanted, whole or not at all."""
+    if arguments.report is None:
+        return
+    summary = {"machine": machine(arguments), "versions": versions(), "ranks": ranks}
+    beside = arguments.report.with_name(arguments.report.name + ".part")
+    beside.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    beside.replace(arguments.report)
+
+
+def machine(arguments: argparse.Namespace) -> str:
+    """What the processes run on."""
+    return torch.cuda.get_device_name(0) if arguments.device == "cuda" else "CPU"
 
 
 def main() -> int:
@@ -137,17 +167,17 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--only", default="", help="checks whose name contains this")
     parser.add_argument("--minutes", type=float, default=3, help="start no check after this time")
-    parser.add_argument("--report", type=Path, help="also write the results here, as JSON")
+    parser.add_argument("--report", type=Path, help="also keep the results here, as JSON")
     arguments = parser.parse_args()
-    cuda = arguments.device == "cuda"
-    if cuda and torch.cuda.device_count() < arguments.ranks:
+    if arguments.device == "cuda" and torch.cuda.device_count() < arguments.ranks:
         print(f"{arguments.ranks} GPUs are needed, {torch.cuda.device_count()} found.")
         return 2
-    machine = torch.cuda.get_device_name(0) if cuda else "CPU"
-    found = versions()
-    print(f"{arguments.ranks} x {machine}", *(f"{k} {v}" for k, v in found.items()), flush=True)
+    libraries = ", ".join(f"{name} {version}" for name, version in versions().items())
+    print(f"{arguments.ranks} x {machine(arguments)}; {libraries}", flush=True)
     start = time.time()
-    ranks = run(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = run(arguments, folder)
+    write_report(arguments, ranks)
     failed = [entry for results in ranks for entry in results if entry["result"] == "FAIL"]
     for rank, results in enumerate(ranks):
         for entry in results:
@@ -159,9 +189,6 @@ def main() -> int:
         f"{counts['ok']} checks passed, {counts['FAIL']} failed, {counts['skip']} skipped"
         f" in {time.time() - start:.0f} s{'' if complete else '; not all ranks came to the end'}"
     )
-    if arguments.report:
-        summary = {"machine": machine, "versions": found, "ranks": ranks}
-        arguments.report.write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return 1 if failed or not complete else 0
 
 

@@ -19,8 +19,8 @@ from transformers import (
 from moelora import MoELoraConfig
 
 
-def main() -> Trainer:
-    """Train, keep checkpoints on the way, save the mixture, and return the trainer."""
+def main() -> None:
+    """Train, keep checkpoints on the way, and save the mixture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--data", required=True, type=Path, help="a text, one example a line")
@@ -72,7 +72,6 @@ def main() -> Trainer:
         raise SystemExit(f"Expected distributed type {arguments.expect}, but got {kind}.")
     trainer.train(resume_from_checkpoint=arguments.resume)
     trainer.save_model(arguments.out)
-    return trainer
 
 
 if __name__ == "__main__":
