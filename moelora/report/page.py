@@ -51,16 +51,21 @@ def verdict(report: RoutingReport) -> str:
     seen = report.information
     if seen is None:
         return text
-    names = f"{seen.observed:.3f} bits"
+    names = f"{_bits(seen.observed)} bits"
     if seen.observed <= seen.shuffled_max:
         return (
             f"{text} Domains are not told apart: what a domain says about the expert ({names}) is "
-            f"within what shuffled domains give (up to {seen.shuffled_max:.3f})."
+            f"within what shuffled domains give (up to {_bits(seen.shuffled_max)})."
         )
     return (
         f"{text} Domains are told apart: a token's domain says {names} about its expert, shuffled "
-        f"domains {seen.shuffled_mean:.3f} (at most {seen.shuffled_max:.3f})."
+        f"domains {_bits(seen.shuffled_mean)} (at most {_bits(seen.shuffled_max)})."
     )
+
+
+def _bits(value: float) -> str:
+    """Three places, or the first digit where these would all be 0."""
+    return f"{value:.3f}" if value >= 0.0005 or value <= 0 else f"{value:.0e}"
 
 
 def _head(report: RoutingReport) -> str:
@@ -73,8 +78,8 @@ def _head(report: RoutingReport) -> str:
     ]
     if seen is not None:
         figures += [
-            (f"{seen.observed:.3f}", "bits that the domain says about the expert"),
-            (f"{seen.shuffled_mean:.3f}", "bits with shuffled domains"),
+            (_bits(seen.observed), "bits that the domain says about the expert"),
+            (_bits(seen.shuffled_mean), "bits with shuffled domains"),
         ]
     else:
         entropy = _mean([router.token_entropy for router in report.routers])

@@ -102,6 +102,10 @@ def test_without_training_and_notes_their_sections_are_left_out() -> None:
     [
         (Information(0.5, 0.1, 0.2), "Domains are told apart"),
         (Information(0.2, 0.1, 0.2), "Domains are not told apart"),
+        (
+            Information(2e-4, 0.0, 3e-5),
+            "says 2e-04 bits about its expert, shuffled domains 0.000 (at most 3e-05)",
+        ),
         (None, "evenly."),
     ],
 )
