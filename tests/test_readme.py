@@ -42,6 +42,12 @@ def test_the_readme_links_to_the_documentation() -> None:
     assert [link for link in links if not (ROOT / link).is_file()] == []
 
 
+def test_the_citation_names_this_version() -> None:
+    version = re.search(r'^version = "(.+)"$', read("pyproject.toml"), flags=re.MULTILINE)
+    assert version is not None
+    assert f"version = {{{version[1]}}}" in README
+
+
 def test_every_figure_of_the_readme_is_one_of_the_committed_results() -> None:
     table = TABLE.search(README)
     assert table is not None
