@@ -5,7 +5,7 @@ class or module, the attribute, and what replaces it; ``install`` checks every o
 before it changes anything, ``uninstall`` puts the same objects back. Plain LoRA calls reach the
 originals.
 
-Upstream issues for what the patches add: huggingface/peft #280, #1156, #1655 (routing over LoRAs).
+Upstream issues: huggingface/peft #1156, #1472, #2330; what PEFT would need: docs/upstream.md.
 """
 
 import functools
