@@ -72,3 +72,19 @@ def test_every_cell_runs_and_shows_what_its_text_says(
     assert all(picture.startswith(b"\x89PNG") for picture in _pictures(outputs))
     made = tmp_path / "moe-routing-example"
     assert {path.name for path in made.iterdir()} >= {"mixture", "report", "expert-0", "pair"}
+
+
+def test_the_outputs_in_the_repository_are_of_one_run_and_name_no_machine() -> None:
+    assert PATH.stat().st_size < 500_000
+    notebook = _read()
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1))
+    outputs = _outputs(notebook)
+    assert {out.output_type for out in outputs} <= {"stream", "display_data", "execute_result"}
+    assert all(out.get("name") != "stderr" for out in outputs)
+    assert len(_pictures(outputs)) == 4
+    shown = _text(outputs) + "".join(
+        str(text) for out in outputs for kind, text in out.get("data", {}).items() if "text" in kind
+    )
+    assert len(shown) > 500
+    assert re.findall(r"/(?:home|root|tmp|usr|work|opt)/|Warning", shown) == []
