@@ -138,6 +138,42 @@ def test_a_forward_that_raises_keeps_nothing_behind() -> None:
         pass
 
 
+def test_two_hundred_steps_of_every_kind_leave_as_many_objects_as_there_were() -> None:
+    model = mixture(expert_capacity_factor=1.0)
+    training = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(training, lr=1e-3)
+
+    def train(ids: Tensor) -> None:
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    @torch.no_grad()
+    def evaluate(ids: Tensor) -> None:
+        model.eval()(input_ids=ids)
+
+    def generate(ids: Tensor) -> None:
+        mask = torch.ones_like(ids)
+        model.eval().generate(input_ids=ids, attention_mask=mask, max_new_tokens=2)
+
+    def record(ids: Tensor) -> None:
+        with record_routing(model):
+            model.train()(input_ids=ids, labels=ids)
+
+    kinds = [train, evaluate, generate, record]
+    batches = [token_ids(length=length) for length in (3, 7, 8)]
+    # every kind meets every length, many times
+    steps = [(kinds[n % 4], batches[n % 3]) for n in range(200)]
+    for step, ids in steps[:24]:
+        step(ids)
+    tensors, objects = live_tensors(), len(gc.get_objects())
+    for step, ids in steps:
+        step(ids)
+    assert live_tensors() == tensors
+    # less than one more for each step
+    assert len(gc.get_objects()) - objects < len(steps) // 2
+
+
 @pytest.mark.parametrize("keep_graph", [False, True])
 def test_a_record_holds_one_forward_however_many_there_were(keep_graph: bool) -> None:
     model = mixture().train()
