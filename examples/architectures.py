@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moelora import MoELoraConfig
 
+torch.manual_seed(0)
 WORDS = torch.randint(1, 64, (4, 8))
 CLASSES = torch.arange(4) % 2
 GPT2 = tf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1)

@@ -34,7 +34,8 @@ class MoETrainerCallback(TrainerCallback):
     The last two lines alone are printed and kept in ``state.log_history``, since a large model has
     thousands of experts. Padding counts nowhere, a recomputed block counts once, evaluation counts
     nowhere. For its figures to reach the other callbacks it moves to the front of the list. Several
-    processes log the figures of all of them.
+    processes log the figures of all of them. Compiled forwards count as others do: whatever
+    compiled them, they add to sums on the device.
 
     It also tells the model how the Trainer scales a loss that it computes itself
     (``label_smoothing_factor``, ``compute_loss_func``, a ``compute_loss`` of your own): each of a

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.examples.tiny import EXAMPLES, run_example, save_base, write_lines
+from tests.examples.tiny import EXAMPLES, run_example, run_in_turn, save_base, write_lines
 
 NAMES = ["trainer.py", "trl_sft.py", "trl_dpo.py"]
 
@@ -43,33 +43,24 @@ def test_the_trainer_example_trains_logs_and_reloads(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_sft_example_trains_and_logs_the_router_loss_and_dpo_goes_on_from_it(
+def test_the_sft_example_logs_the_router_loss_and_dpo_begins_at_ln_2_fresh_and_from_it(
     tmp_path: Path,
 ) -> None:
-    sft = run_example(EXAMPLES / "trl_sft.py", "--out", tmp_path / "sft", "--steps", 4)
-    assert sft.returncode == 0, sft.stderr[-3000:]
-    assert saved(tmp_path / "sft") == ("MOELORA", 4)
-    assert logged(sft.stdout, "aux_loss")
-    assert logged(sft.stdout, "moe/load_max")
-
-    out = tmp_path / "dpo"
-    adapter = ("--adapter", tmp_path / "sft")
-    # the tiny model is drawn anew in each run, and the adapter fits any of them
-    dpo = run_example(EXAMPLES / "trl_dpo.py", *adapter, "--out", out, "--steps", 3)
-    assert dpo.returncode == 0, dpo.stderr[-3000:]
-    assert saved(out) == ("MOELORA", 4)
-    aux_loss = logged(dpo.stdout, "aux_loss")[0]
-    first = logged(dpo.stdout, "loss")[0]
-    assert first == pytest.approx(math.log(2) + 0.01 * aux_loss, abs=1e-3)
-
-
-@pytest.mark.slow
-def test_the_dpo_example_begins_at_ln_2_with_a_fresh_mixture(tmp_path: Path) -> None:
-    done = run_example(EXAMPLES / "trl_dpo.py", "--out", tmp_path / "out", "--steps", 2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert saved(tmp_path / "out") == ("MOELORA", 4)
-    first, aux_loss = logged(done.stdout, "loss")[0], logged(done.stdout, "aux_loss")[0]
-    assert first == pytest.approx(math.log(2) + 0.01 * aux_loss, abs=1e-3)
+    sft, dpo, fresh = (tmp_path / name for name in ("sft", "dpo", "fresh"))
+    printed, *of_dpo = run_in_turn(
+        (EXAMPLES / "trl_sft.py", "--out", sft, "--steps", 4),
+        # the tiny model is drawn anew each time, and the adapter fits any of them
+        (EXAMPLES / "trl_dpo.py", "--adapter", sft, "--out", dpo, "--steps", 3),
+        (EXAMPLES / "trl_dpo.py", "--out", fresh, "--steps", 2),
+    )
+    for out in (sft, dpo, fresh):
+        assert saved(out) == ("MOELORA", 4)
+    assert logged(printed, "aux_loss")
+    assert logged(printed, "moe/load_max")
+    assert len(of_dpo) == 2
+    for each in of_dpo:
+        first, aux_loss = logged(each, "loss")[0], logged(each, "aux_loss")[0]
+        assert first == pytest.approx(math.log(2) + 0.01 * aux_loss, abs=1e-3)
 
 
 @pytest.mark.parametrize("name", [*NAMES, "small_model.py"])
