@@ -43,8 +43,10 @@ _NOTES = """
 
 By a script, each built small from its config, with `router_scope="module"`: three steps, saved and
 reloaded to the bit, greedy decoding and beams with a cache equal to those without. Qwen 2, OPT
-(also with projected embeddings), Falcon (rotary and ALiBi), BLOOM, MPT, Phi-3, Gemma 1 and 2, GPT-J, GPT-Neo, GPT-BigCode, CodeGen, StableLM, StarCoder 2, Cohere, OLMo 2, Granite, GLM,
-SmolLM 3, DeepSeek V2 and V3, Qwen 2 and 3 MoE, gpt-oss, Qwen 3 Next, Jamba, RecurrentGemma; BART,
+(also with projected embeddings), Falcon (rotary and ALiBi), BLOOM, MPT, Phi-3, Gemma 1 and 2,
+GPT-J, GPT-Neo, GPT-BigCode, CodeGen, StableLM, StarCoder 2, Cohere, OLMo 2, Granite, GLM, SmolLM
+3, DeepSeek V2 and V3, Qwen 2 and 3 MoE, gpt-oss,
+Qwen 3 Next, Jamba, RecurrentGemma; BART,
 Pegasus, mBART, Marian, mT5, Speech2Text; LLaVA and Gemma 3 with images, ViT with GPT-2. Without
 generation: RoBERTa, XLM-R, ELECTRA, DeBERTa 2, ModernBERT, ALBERT, DistilBERT, GPT-2, Llama, Qwen 2
 and Mistral as classifiers of texts, of tokens and of answers and as feature extractors; CLIP,
