@@ -207,7 +207,6 @@ CASES: dict[str, Callable[[], Found]] = {
     "training": training,
     "unpadded": unpadded,
     "evaluation": evaluation,
-    "evaluation_by_block": lambda: evaluation(router_scope="layer"),
     "explicit": explicit,
     "one_layer": one_layer,
     "wide_parameters": wide_parameters,

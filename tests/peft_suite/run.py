@@ -40,7 +40,12 @@ LEFT_OUT = frozenset(
 )
 #: Files that take most of the time and are not in the quick run.
 SLOW = frozenset(
-    {"test_custom_models.py", "test_decoder_models.py", "test_encoder_decoder_models.py"}
+    {
+        "test_custom_models.py",
+        "test_decoder_models.py",
+        "test_encoder_decoder_models.py",
+        "test_quantization.py",
+    }
 )
 
 ENVIRONMENT = {
