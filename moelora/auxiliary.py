@@ -41,7 +41,7 @@ _UNKNOWN_SCALE = (
 
 
 class _AttachGradient(torch.autograd.Function):
-    """Pass ``output`` through; in backward X
+    """Pass ``output`` through; in backward give ``loss`` the gradient ``scale``.
 
     Source: Megatron-LM's MoEAuxLossAutoScaler; here the scale is an argument, not global state.
     """
@@ -327,19 +327,15 @@ def attach_deferred(result: Tensor, entry: TapeEntry, tape: Tape) -> Tensor:
     scale = weighted_scale * entry.coefficient + plain_scale
     if entry.statistics is not None and not entry.over_ranks:
         # layer by layer, the loss itself would cost three times as many small operations
-        values, num_experts = entry.statistics
-        loss, slope = (
-            values,
-            gradient_by_statistics(
-                values.detach(), num_experts=num_experts, loss_type=entry.loss_type
-            ),
+        loss, num_experts = entry.statistics
+        slope: Tensor | float = gradient_by_statistics(
+            loss.detach(), num_experts=num_experts, loss_type=entry.loss_type
         )
-        scale = slope * (scale.to(values.device) if isinstance(scale, Tensor) else scale)
     else:
-        loss = _losses(_joined([entry])).sum()
-        if isinstance(scale, Tensor):
-            scale = scale.to(loss.device)
-    attached: Tensor = _AttachGradient.apply(result, loss, scale)
+        loss, slope = _losses(_joined([entry])).sum(), 1.0
+    if isinstance(scale, Tensor):
+        scale = scale.to(loss.device)
+    attached: Tensor = _AttachGradient.apply(result, loss, slope * scale)
     return attached
 
 

@@ -26,7 +26,7 @@ from moelora.ops.routed_triton import MAX_MEMBERS
 from moelora.router import ModuleRouter
 from moelora.routing import Routing
 from moelora.scope import Frame, LayerBinding, Tape, TapeEntry
-from moelora.shared_input import Ready, conditions_of
+from moelora.shared_input import Ready, conditions_of, may_be_recomputed_alone
 
 _PLAN = "_moelora_plan"
 
@@ -151,6 +151,9 @@ class RoutedPlan:
         training, spec = layer.training, self.spec
         tape = None if frame is None or binding is None else frame.tape
         takes = tape is not None and tape.takes(training=training, coefficient=spec.aux_loss_coef)
+        if frame is None and binding is not None and training and torch.is_grad_enabled():
+            # a block that its model recomputes by itself: it has to save what its forward saved
+            takes = spec.aux_loss_coef != 0 or bool(binding.scope.observers)
         options = self._options.get((training, takes)) or self._make_options(training, takes)
         has_graph = training or takes or torch.is_grad_enabled()
         inputs = None if frame is None or binding is None else frame.inputs
@@ -159,7 +162,8 @@ class RoutedPlan:
             if inputs.watch is not None:
                 inputs.watch.see(binding.name, layer, x)
             group = inputs.groups.get(binding.name)
-            if group is not None:
+            checkpointed = frame is not None and frame.checkpointed
+            if group and (checkpointed or not (has_graph and may_be_recomputed_alone())):
                 others = self._others(group, layer, x)
         plans = [self, *(plan for _, plan in others)]
         members = [plan.member() for plan in plans]

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from moelora.ops import RoutedOutput
 
+# torch 2.8: the first that tells of hooks for saved tensors
+_TOP_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
 #: Names and layers of a group, by the name of each of its layers.
 InputGroups = Mapping[str, tuple[tuple[str, Any], ...]]
 
@@ -112,6 +115,16 @@ class Ready(NamedTuple):
     def is_for(self, x: Tensor) -> bool:
         """Whether a call with ``x``, now, is the one this was made for."""
         return x is self.x and x._version == self.version and self.conditions == conditions_of(x)
+
+
+def may_be_recomputed_alone() -> bool:
+    """Whether what backward needs is being saved by somebody's hooks, or that cannot be told.
+
+    A model that checkpoints its blocks by itself recomputes them outside of any forward of ours,
+    where each layer is alone, and has to save the same tensors then. What transformers checkpoints
+    is recomputed inside the frame of its forward.
+    """
+    return _TOP_HOOKS is None or _TOP_HOOKS(False) is not None
 
 
 def conditions_of(x: Tensor) -> tuple[Any, ...]:

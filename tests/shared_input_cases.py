@@ -8,12 +8,14 @@ Prints one line per case: its name and how many layers were served by another on
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moelora import MoELoraConfig, record_routing
 from moelora.routed_layer import RoutedPlan
@@ -39,6 +41,28 @@ def count_served() -> None:
         return finished(*args, **kwargs)
 
     RoutedPlan.compute, RoutedPlan.finish = compute, finish  # type: ignore[method-assign]
+
+
+class OwnCheckpoints(nn.Module):
+    """Three layers with one input, in a block that the model checkpoints by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        def block(x: Tensor) -> Tensor:
+            return self.q(x).tanh() * self.k(x) + self.v(x)
+
+        return x + checkpoint(block, x, use_reentrant=False)
+
+
+def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Those of all parameters."""
+    model.zero_grad()
+    model(x.clone().requires_grad_()).square().mean().backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
 def mixture(base: nn.Module, **changes: Any) -> PeftModel:
@@ -73,7 +97,9 @@ def far(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """The largest relative error."""
     assert len(ours) == len(theirs)
     pairs = zip(ours, theirs, strict=True)
-    return max(float((a - b).norm() / (b.norm() + 1e-9)) for a, b in pairs)
+    errors = [float((a - b).norm() / (b.norm() + 1e-9)) for a, b in pairs]
+    # max() overlooks NaN
+    return math.inf if any(map(math.isnan, errors)) else max(errors)
 
 
 def check(name: str, ours: list[Tensor], theirs: list[Tensor], *, expected: int | None) -> None:
@@ -159,6 +185,13 @@ def main() -> None:
     check("k gets a copy: not taken, computed anew", step(ours, inputs), expected, expected=1)
     check("and given up", step(ours, inputs), expected, expected=1)
     assert len(ours.base_model.model._moelora_scope.input_groups) == 2
+
+    ours, theirs = pair(OwnCheckpoints(), num_experts=2)
+    x = torch.linspace(-1, 1, 60).view(2, 5, 6)
+    expected = gradients(theirs, x)
+    served = 0
+    gradients(ours, x)
+    check("a model that checkpoints by itself", gradients(ours, x), expected, expected=0)
 
     ours, theirs = pair(tiny_t5().float(), num_experts=2, target_modules=["q", "k", "v"])
     t5 = {"input_ids": ids[:, :4], "labels": ids[:, :3].contiguous()}

@@ -6,7 +6,11 @@ import copy
 
 import pytest
 import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from moelora import MoELoraConfig
 from tests.auxiliary import (
     LOSS_TYPES,
     SCOPES,
@@ -121,3 +125,43 @@ def test_frozen_routers_pass_the_same_gradient_on_under_checkpointing(
     for each in (model, plain):
         each(**train_batch()).loss.backward()
     assert_gradients_close(accumulated(model), accumulated(plain))
+
+
+class _Checkpointing(nn.Module):
+    """A model that checkpoints its blocks by itself, in no way that transformers knows."""
+
+    def __init__(self, *, checkpoints: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)) for _ in range(2)
+        )
+        self.checkpoints = checkpoints
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpoints else block(x)
+        return x
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.25])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_model_may_checkpoint_by_itself_without_reentrance(
+    loss_type: str, coefficient: float
+) -> None:
+    found = []
+    for checkpoints in (True, False):
+        config = MoELoraConfig(
+            num_experts=3, top_k_experts=2, r=2, target_modules=r"blocks\.\d\.[02]",
+            load_balance_loss_type=loss_type, router_aux_loss_coef=coefficient,
+        )  # fmt: skip
+        model = get_peft_model(_Checkpointing(checkpoints=checkpoints).double(), config)
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter)
+        for _ in range(2):
+            x = torch.linspace(-1, 1, 60, dtype=torch.float64).view(2, 5, 6).requires_grad_()
+            model(x).square().mean().backward()
+        found.append(accumulated(model))
+    assert_gradients_close(*found)

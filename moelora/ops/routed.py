@@ -14,6 +14,7 @@ from moelora.ops.reference import routed_linear_reference
 from moelora.ops.routed_eager import routed_linear_eager
 from moelora.ops.routed_sparse import RoutedLinearsSparse
 from moelora.ops.routed_triton import (
+    MAX_MEMBERS,
     RoutedLinears,
     decode,
     outputs_of,
@@ -97,8 +98,8 @@ def routed_linears(
 
     Args:
         x: ``(*batch, d_in)``.
-        members: the layers; up to three share the kernels' work. Shapes but ``d_out``, and dtypes,
-            are the same for all, and all have maturity flags or none has.
+        members: one or more layers; up to three at a time share the kernels' work. Shapes but
+            ``d_out``, and dtypes, are the same for all, and all have maturity flags or none has.
         options: how each router decides.
         token_mask: as there, and all that follow.
         record: as there.
@@ -107,7 +108,8 @@ def routed_linears(
 
     Raises:
         BackendError: if ``backend`` is unknown or cannot run here.
-        ValueError: if the ranks cannot be split evenly over the experts.
+        ValueError: if the ranks cannot be split evenly over the experts, or the kernels are to
+            serve layers that are not alike.
 
     Example:
         >>> import torch
@@ -128,13 +130,35 @@ def routed_linears(
     op: Any = RoutedLinears
     if choice.is_sparse and countable and (members[0].mature is None or all_mature):
         op = RoutedLinearsSparse
-    number = len(members)
-    tensors = [tensor for member in members for tensor in member[:5]]
-    *results, decision = op.apply(x, token_mask, members, options, *tensors)
-    return [
-        _recorded(results[index], results[number + index], decision[index] if record else None)
-        for index in range(number)
-    ]
+    found: list[RoutedOutput] = []
+    for some in _launches(members):
+        tensors = [tensor for member in some for tensor in member[:5]]
+        *results, decision = op.apply(x, token_mask, some, options, *tensors)
+        decisions = decision.unbind() if record else [None] * len(some)
+        outputs, statistics = results[: len(some)], results[len(some) :]
+        found += map(_recorded, outputs, statistics, decisions)
+    return found
+
+
+def _launches(members: Sequence[Member]) -> list[Sequence[Member]]:
+    """The members in portions that the kernels take at once.
+
+    Raises:
+        ValueError: if they are not alike: the kernels would read the others as the first.
+    """
+    if len(members) == 1:
+        return [members]
+    kinds = {
+        (m.lora_a.shape, m.lora_b.shape[1], m.router.shape, m.mature is None,
+         m.lora_a.dtype, m.lora_b.dtype, m.router.dtype)
+        for m in members
+    }  # fmt: skip
+    if len(kinds) > 1:
+        raise ValueError(
+            "Layers that are routed together must have the same experts, ranks, dtypes, and "
+            f"maturity flags all or none, got {len(kinds)} kinds of layers."
+        )
+    return [members[start : start + MAX_MEMBERS] for start in range(0, len(members), MAX_MEMBERS)]
 
 
 def _recorded(output: Tensor, statistics: Tensor | None, decision: Tensor | None) -> RoutedOutput:
@@ -217,6 +241,23 @@ def routed_linears_inference(
     if choice.backend != "triton":
         run = _reference if choice.backend == "reference" else _eager
         return [run(x, member, None, options) for member in members]
+    return [
+        result
+        for some in _launches(members)
+        for result in _inference(x, some, options, choice, record=record, all_mature=all_mature)
+    ]
+
+
+def _inference(
+    x: Tensor,
+    members: Sequence[Member],
+    options: RouterOptions,
+    choice: Choice,
+    *,
+    record: bool,
+    all_mature: bool,
+) -> list[RoutedOutput]:
+    """As many layers as the kernels take at once."""
     flat = x.reshape(-1, x.shape[-1])
     first = members[0]
     decision: Tensor | None
