@@ -496,6 +496,8 @@ NO_CONTRACT = {
     "_C": "torch reads it itself; the fused path is tested with it",
     "_has_any_global_hook": "torch reads it itself; the fused path is tested with it",
     "_cuda_getCurrentRawStream": "Triton launches with it too",
+    "_autograd": "where torch keeps the next one",
+    "_top_saved_tensors_default_hooks": "without it, as before torch 2.8, no work is shared",
     "_dynamo": "torch.compile itself; the compiled trainings are tested with it",
     "_disable_dynamo": "imported when moelora is, so a test of anything needs it",
     "_unsafe_view": "an operator of torch; every fused op is tested with it",
