@@ -50,7 +50,7 @@ def is_traced(x: Tensor) -> bool:
     """Whether something watches single operations, or changes what they mean."""
     return (
         torch.compiler.is_compiling()
-        or torch.is_autocast_enabled(x.device.type)
+        or torch.is_autocast_enabled("cuda" if x.is_cuda else x.device.type)
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0

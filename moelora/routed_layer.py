@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from moelora.decision import MixtureSpec, report
 from moelora.fused_layer import fusable, is_bare, is_traced
@@ -42,17 +43,27 @@ class RoutedPlan:
         self.active = layer._active_adapter
         self.scaling = layer.scaling[adapter]
         self.dtype, self.device = x.dtype, x.device
-        self.holders = tuple(
+        holders = tuple(
             layer._modules[name] for name in ("lora_A", "lora_B", "lora_dropout", "lora_router")
         )
         self.base = layer._modules["base_layer"]
-        self.parts = tuple(holder._modules[adapter] for holder in self.holders)
+        self.parts = tuple(holder._modules[adapter] for holder in holders)
         self.drops = type(self.parts[2]) is not nn.Identity
         self.weight, self.bias = self.base._parameters["weight"], self.base._parameters.get("bias")
         lora_a, lora_b, _, router = self.parts
-        self.owners = (lora_a, lora_b, router)
         self.tensors: tuple[Any, Any, Any] = (lora_a.weight, lora_b.weight, router.weight)
         self.dtypes = tuple(tensor.dtype for tensor in self.tensors)
+        # the dictionaries themselves: each look-up less is memory that the CPU need not wait for
+        self._places = tuple(
+            (holder._modules, part, part.__dict__)
+            for holder, part in zip(holders, self.parts, strict=True)
+        )
+        self._owned = tuple(
+            (owner._parameters, tensor, tensor.dtype)
+            for owner, tensor in zip((lora_a, lora_b, router), self.tensors, strict=True)
+        )
+        #: what the next hook registered anywhere was to be numbered when the parts had none
+        self._hooks_from: int | None = None
         self.is_conv1d = type(self.base) is not nn.Linear
         # told to a layer by tests, which run the kernels in Triton's interpreter
         self.backend: str = layer.__dict__.get("_moelora_backend", "auto")
@@ -103,12 +114,12 @@ class RoutedPlan:
 
     def _parts_are_the_same(self) -> bool:
         adapter, weight, bias = self.adapter, self.weight, self.bias
-        for holder, part in zip(self.holders, self.parts, strict=True):
-            if holder._modules.get(adapter) is not part or not is_bare(part):
+        for modules, part, attributes in self._places:
+            if modules.get(adapter) is not part or "forward" in attributes:
                 return False
-        for owner, tensor, dtype in zip(self.owners, self.tensors, self.dtypes, strict=True):
+        for parameters, tensor, dtype in self._owned:
             if (
-                owner._parameters.get("weight") is not tensor
+                parameters.get("weight") is not tensor
                 or tensor.dtype is not dtype
                 or tensor.device != self.device
                 or not tensor.is_contiguous()
@@ -116,14 +127,23 @@ class RoutedPlan:
                 return False
         parameters = self.base._parameters
         return (
-            is_bare(self.base)
+            "forward" not in self.base.__dict__
             and parameters.get("weight") is weight
             and parameters.get("bias") is bias
             and not weight.requires_grad
             and weight.dtype is self.dtype
             and weight.device == self.device
             and (bias is None or not (bias.requires_grad or bias.dtype is not self.dtype))
+            and self._has_no_hooks()
         )
+
+    def _has_no_hooks(self) -> bool:
+        """Whether no part has a hook; looked at again only after one was registered somewhere."""
+        if self._hooks_from != RemovableHandle.next_id:
+            if not all(is_bare(part) for part in (*self.parts, self.base)):
+                return False
+            self._hooks_from = RemovableHandle.next_id
+        return True
 
     def member(self) -> Member:
         """What the ops are told of this layer."""

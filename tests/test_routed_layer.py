@@ -67,6 +67,45 @@ def test_a_part_may_be_parametrised_later(part: str) -> None:
     assert_close(layer(x), doubled(x))
 
 
+PARTS = ["lora_A", "lora_B", "lora_router", "lora_dropout", "base_layer"]
+REGISTER = [
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+]
+
+
+@pytest.mark.parametrize("register", REGISTER)
+@pytest.mark.parametrize("part", PARTS)
+def test_a_hook_on_a_part_that_comes_later_is_called_until_it_goes(
+    part: str, register: str
+) -> None:
+    layer, x, calls = planned_layer(), draw_input().requires_grad_(), []
+    module = getattr(layer, part)
+    module = module if part == "base_layer" else module["e0"]
+    handle = getattr(module, register)(lambda *_arguments: calls.append(part))
+    layer(x).sum().backward()
+    assert calls == [part]
+    handle.remove()
+    layer(x).sum().backward()
+    assert calls == [part]
+    assert layer.__dict__["_moelora_plan"] is not None
+
+
+def test_a_forward_that_a_part_is_given_later_is_called() -> None:
+    layer, x = planned_layer(), draw_input()
+    for part in PARTS:
+        module = getattr(layer, part)
+        module = module if part == "base_layer" else module["e0"]
+        calls, original = [], module.forward
+        # as accelerate does to modules that it offloads
+        module.forward = lambda *args, do=original, seen=calls: (seen.append(1), do(*args))[1]
+        layer(x)
+        assert calls == [1], part
+        del module.forward
+
+
 def test_a_model_made_in_inference_mode_runs_in_it() -> None:
     with torch.inference_mode():
         # more ranks than the ops compute for nothing, and flags that say who is young

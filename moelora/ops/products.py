@@ -60,6 +60,46 @@ def in_shape(output: Tensor, batch: torch.Size) -> Tensor:
     return shaped
 
 
+def with_update(
+    x: Tensor,
+    flat: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ranks: Tensor,
+    lora_b: Tensor,
+    *,
+    is_conv1d: bool,
+) -> Tensor:
+    """The frozen layer's product and the update, in the order that passes less over the output.
+
+    Args:
+        x: ``(*batch, d_in)``.
+        flat: the same, ``(tokens, d_in)``.
+        weight: ``(d_out, d_in)``, or ``(d_in, d_out)`` of transformers' ``Conv1D``.
+        bias: ``(d_out,)`` or None.
+        ranks: ``(tokens, ranks)``, scaled.
+        lora_b: ``(d_out, ranks)``.
+        is_conv1d: which of the two.
+
+    Returns:
+        ``(*batch, d_out)``, a tensor of its own.
+
+    Example:
+        >>> x, one = torch.ones(1, 1, 2), torch.ones(1, 1)
+        >>> with_update(x, x[0], torch.ones(1, 2), None, one, 3 * one, is_conv1d=False)
+        tensor([[[5.]]])
+    """
+    if flat.is_cuda and update_first(weight, bias, is_conv1d=is_conv1d):
+        output = (ranks @ lora_b.t()).addmm_(flat, weight.t())
+    elif bias is None and not is_conv1d and x.is_contiguous():
+        output = F.linear(x, weight)
+        output.view(-1, weight.shape[0]).addmm_(ranks, lora_b.t())
+        return output
+    else:
+        output = base_product(flat, weight, bias, is_conv1d=is_conv1d).addmm_(ranks, lora_b.t())
+    return in_shape(output, x.shape)
+
+
 def update_first(weight: Tensor, bias: Tensor | None, *, is_conv1d: bool) -> bool:
     """Whether to write the update first and let the base product accumulate onto it.
 

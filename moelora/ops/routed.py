@@ -132,7 +132,7 @@ def routed_linears(
         op = RoutedLinearsSparse
     found: list[RoutedOutput] = []
     for some in _launches(members):
-        tensors = [tensor for member in some for tensor in member[:5]]
+        tensors = [tensor for member in some for tensor in member[2:5]]
         *results, decision = op.apply(x, token_mask, some, options, *tensors)
         decisions = decision.unbind() if record else [None] * len(some)
         outputs, statistics = results[: len(some)], results[len(some) :]
@@ -277,7 +277,7 @@ def _inference(
         rows, lora_bs = pack(x, members, sizes)
         matures = [member.mature for member in members]
         decision, mixed, _ = route(wide_mm(flat, rows.t()), None, matures, options, sizes, x.dtype)
-        outputs = outputs_of(flat, members, mixed, lora_bs, x.shape)
+        outputs = outputs_of(x, flat, members, mixed, lora_bs)
     if not record or decision is None:
         return [RoutedOutput(output, None, None, None) for output in outputs]
     return [

@@ -40,7 +40,7 @@ class RoutedLinearsSparse(torch.autograd.Function):
         token_mask: Tensor | None,
         members: Sequence[Member],
         options: RouterOptions,
-        *_tensors: Tensor | None,
+        *_tensors: Tensor,
     ) -> tuple[Tensor | None, ...]:
         """Forward."""
         ctx.set_materialize_grads(False)
@@ -50,7 +50,7 @@ class RoutedLinearsSparse(torch.autograd.Function):
         ctx.are_conv1d = [member.is_conv1d for member in members]
         ctx.dtypes = (first.lora_a.dtype, first.lora_b.dtype, first.router.dtype)
         ctx.sizes = sizes = sizes_of(ranks, options.num_experts, d_in, x.dtype, number)
-        x = x.reshape(-1, d_in)
+        batched, x = x, x.reshape(-1, d_in)
         # the routers' rows alone
         alone = sizes_of(0, options.num_experts, d_in, x.dtype, number)
         rows, lora_bs = pack(
@@ -65,7 +65,7 @@ class RoutedLinearsSparse(torch.autograd.Function):
             _down(x, member.lora_a, own_slots, own, own_wide, options, sizes)
             for member, own_slots, own, own_wide in zip(members, slots, decision, wide, strict=True)
         ]
-        outputs = outputs_of(x, members, wide, lora_bs, ctx.shape)
+        outputs = outputs_of(batched, x, members, wide, lora_bs)
         ctx.save_for_backward(
             x, slots, decision, token_mask, statistics, *compacts, *lora_bs,
             *(m.base_weight for m in members), *(m.lora_a for m in members),
@@ -91,13 +91,13 @@ class RoutedLinearsSparse(torch.autograd.Function):
             grad.contiguous()
             for grad in output_gradients(gradients, lora_bs, x)
         ]
-        results: list[Tensor | None] = [None] * (4 + 5 * number)
+        results: list[Tensor | None] = [None] * (4 + 3 * number)
         for index, (grad, compact) in enumerate(zip(grads, compacts, strict=True)):
-            if needs[4 + 5 * index + 3]:
+            if needs[4 + 3 * index + 1]:
                 grad_b = torch.empty_like(lora_bs[index], dtype=ctx.dtypes[1])
                 _outer(grad, compact, slots[index], grad_b, sizes, strides=(1, sizes.ranks))
-                results[4 + 5 * index + 3] = grad_b
-        needs_rows = any(needs[4 + 5 * i + 2] or needs[4 + 5 * i + 4] for i in range(number))
+                results[4 + 3 * index + 1] = grad_b
+        needs_rows = any(needs[4 + 3 * i] or needs[4 + 3 * i + 2] for i in range(number))
         if not (needs[0] or needs_rows):
             return tuple(results)
         grad_z = x.new_zeros(x.shape[0], sizes.grad_columns)
@@ -117,9 +117,9 @@ class RoutedLinearsSparse(torch.autograd.Function):
             for index, grad_compact in enumerate(grad_compacts):
                 grad_a = torch.empty_like(lora_as[index])
                 _outer(x, grad_compact, slots[index], grad_a, sizes, strides=(sizes.d_in, 1))
-                results[4 + 5 * index + 2] = grad_a
+                results[4 + 3 * index] = grad_a
                 own = grad_routers[index * sizes.padded_experts :][: sizes.experts]
-                results[4 + 5 * index + 4] = in_dtype(own, ctx.dtypes[2], sizes.experts)
+                results[4 + 3 * index + 2] = in_dtype(own, ctx.dtypes[2], sizes.experts)
         if needs[0]:
             parts = zip(weights, lora_as, lora_bs, routers, strict=True)
             members = [Member(weight, None, a, b, router) for weight, a, b, router in parts]

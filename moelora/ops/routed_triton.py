@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moelora.ops.gradients import first_order, in_dtype, output_gradients
 from moelora.ops.options import Member, RouterOptions
-from moelora.ops.products import base_gradient, base_product, in_shape, update_first, wide_mm
+from moelora.ops.products import base_gradient, update_first, wide_mm, with_update
 
 #: Slots of one expert that are multiplied together where only chosen experts are.
 BLOCK_M = 32
@@ -231,21 +231,6 @@ def route_backward(
     return grad_z
 
 
-def accumulate(
-    x: Tensor,
-    base_weight: Tensor,
-    bias: Tensor | None,
-    mixed: Tensor,
-    lora_b: Tensor,
-    *,
-    is_conv1d: bool,
-) -> Tensor:
-    """The base product and the update, in the order that passes less over the output."""
-    if x.is_cuda and update_first(base_weight, bias, is_conv1d=is_conv1d):
-        return (mixed @ lora_b.t()).addmm_(x, base_weight.t())
-    return base_product(x, base_weight, bias, is_conv1d=is_conv1d).addmm_(mixed, lora_b.t())
-
-
 def input_gradient(
     grads: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -277,8 +262,8 @@ def input_gradient(
 class RoutedLinears(torch.autograd.Function):
     """See :func:`moelora.ops.routed.routed_linears`.
 
-    The tensors are base weight, bias, A, B and router of one member after the other; the results
-    are all outputs, all statistics (or None), and the decisions.
+    The tensors are A, B and router of one member after the other, those that may have gradients;
+    the results are all outputs, all statistics (or None), and the decisions.
     """
 
     @staticmethod
@@ -288,7 +273,7 @@ class RoutedLinears(torch.autograd.Function):
         token_mask: Tensor | None,
         members: Sequence[Member],
         options: RouterOptions,
-        *_tensors: Tensor | None,
+        *_tensors: Tensor,
     ) -> tuple[Tensor | None, ...]:
         """Forward."""
         ctx.set_materialize_grads(False)
@@ -299,14 +284,16 @@ class RoutedLinears(torch.autograd.Function):
         ctx.sizes = sizes = sizes_of(
             first.lora_a.shape[0], options.num_experts, x.shape[-1], x.dtype, len(members)
         )
-        x = x.reshape(-1, x.shape[-1])
-        rows, lora_bs = pack(x, members, sizes)
-        z = wide_mm(x, rows.t())
+        flat = x.reshape(-1, x.shape[-1])
+        rows, lora_bs = pack(flat, members, sizes)
+        z = wide_mm(flat, rows.t())
         matures = [member.mature for member in members]
         decision, mixed, statistics = route(z, token_mask, matures, options, sizes, x.dtype)
-        outputs = outputs_of(x, members, mixed, lora_bs, ctx.shape)
+        outputs = outputs_of(x, flat, members, mixed, lora_bs)
         weights = [member.base_weight for member in members]
-        ctx.save_for_backward(x, rows, mixed, decision, token_mask, statistics, *weights, *lora_bs)
+        ctx.save_for_backward(
+            flat, rows, mixed, decision, token_mask, statistics, *weights, *lora_bs
+        )
         ctx.mark_non_differentiable(decision)
         each: Sequence[Tensor | None] = [None] * len(members)
         if statistics is not None:
@@ -322,12 +309,12 @@ class RoutedLinears(torch.autograd.Function):
         saved, weights, lora_bs = rest[:4], rest[4 : 4 + number], rest[4 + number :]
         needs = ctx.needs_input_grad
         grads = output_gradients(gradients, lora_bs, x)
-        results: list[Tensor | None] = [None] * (4 + 5 * number)
+        results: list[Tensor | None] = [None] * (4 + 3 * number)
         for index, (grad, mixed) in enumerate(zip(grads, saved[0], strict=True)):
-            if needs[4 + 5 * index + 3]:
+            if needs[4 + 3 * index + 1]:
                 grad_b = wide_mm(grad.t(), mixed)
-                results[4 + 5 * index + 3] = in_dtype(grad_b, ctx.dtypes[1], grad_b.shape[0])
-        needs_rows = any(needs[4 + 5 * i + 2] or needs[4 + 5 * i + 4] for i in range(number))
+                results[4 + 3 * index + 1] = in_dtype(grad_b, ctx.dtypes[1], grad_b.shape[0])
+        needs_rows = any(needs[4 + 3 * i] or needs[4 + 3 * i + 2] for i in range(number))
         if not (needs[0] or needs_rows):
             return tuple(results)
         grad_mixed = [wide_mm(grad, lora_b) for grad, lora_b in zip(grads, lora_bs, strict=True)]
@@ -338,8 +325,8 @@ class RoutedLinears(torch.autograd.Function):
             parts = wide_mm(grad_z.t(), x).split_with_sizes(sizes.parts)
             for index in range(number):
                 grad_a, grad_router = parts[index], parts[number + index]
-                results[4 + 5 * index + 2] = in_dtype(grad_a, ctx.dtypes[0], sizes.ranks)
-                results[4 + 5 * index + 4] = in_dtype(grad_router, ctx.dtypes[2], sizes.experts)
+                results[4 + 3 * index] = in_dtype(grad_a, ctx.dtypes[0], sizes.ranks)
+                results[4 + 3 * index + 2] = in_dtype(grad_router, ctx.dtypes[2], sizes.experts)
         if needs[0]:
             # the leading bits of the router's rows are all that the dtype of x can hold
             used = rows[: sizes.grad_columns]
@@ -351,19 +338,26 @@ class RoutedLinears(torch.autograd.Function):
 
 def outputs_of(
     x: Tensor,
+    flat: Tensor,
     members: Sequence[Member],
     mixed: Tensor | Sequence[Tensor],
     lora_bs: Sequence[Tensor],
-    shape: torch.Size,
 ) -> list[Tensor]:
-    """Each member's output, of the shape of the input but for its last axis."""
-    outputs = []
-    for member, ranks, lora_b in zip(members, mixed, lora_bs, strict=True):
-        output = accumulate(
-            x, member.base_weight, member.bias, ranks, lora_b, is_conv1d=member.is_conv1d
+    """Each member's output, of the shape of the input but for its last axis.
+
+    Args:
+        x: ``(*batch, d_in)``.
+        flat: the same, ``(tokens, d_in)``.
+        members: the layers.
+        mixed: each layer's scaled ranks, ``(tokens, ranks)``.
+        lora_bs: each layer's B in the dtype of the input.
+    """
+    return [
+        with_update(
+            x, flat, member.base_weight, member.bias, ranks, lora_b, is_conv1d=member.is_conv1d
         )
-        outputs.append(in_shape(output, shape))
-    return outputs
+        for member, ranks, lora_b in zip(members, mixed, lora_bs, strict=True)
+    ]
 
 
 def decode(
