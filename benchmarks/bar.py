@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.baselines import Variant
 from benchmarks.cases import (
     BASE,
+    BLOCKS_EAGER,
+    BLOCKS_GRAPH,
+    BLOCKS_LONG,
     CHECKPOINTED,
     CPU_TRAIN,
     DECODE_EAGER,
@@ -86,30 +89,25 @@ def _xlora(figure: str, conditions: Conditions, bound: float, metric: str = "wal
     )
 
 
+def _training(of: str, graph: Conditions, eager: Conditions, long: Conditions) -> Iterator[Aim]:
+    """The aims of training one model."""
+    three = [(LORA, 0.65), (HALF_LORA, 0.95), (BASE, 1.20)]
+    yield from _over(graph, f"training step, {of}, 4096 tokens, CUDA graph", three)
+    yield from _over(long, f"training step, {of}, 8192 tokens, eager", three)
+    yield from _over(eager, f"training step, {of}, 4096 tokens, eager", [(LORA, 0.70)])
+    figure = f"peak memory above weights, training, {of} / one PEFT LoRA"
+    yield Aim(figure, eager, MIXTURE, LORA, 0.75, "peak_mib")
+    yield _xlora(f"training time, {of}, eager", eager, 10)
+    yield _xlora(f"training memory, {of}", eager, 5, "peak_mib")
+
+
 AIMS: list[Aim] = [
-    *_over(
-        TRAIN_GRAPH,
-        "training step, 1B, 4096 tokens, CUDA graph",
-        [(LORA, 0.65), (HALF_LORA, 0.95), (BASE, 1.20)],
-    ),
+    *_training("1B", TRAIN_GRAPH, TRAIN_EAGER, TRAIN_LONG),
+    *_training("1B's blocks", BLOCKS_GRAPH, BLOCKS_EAGER, BLOCKS_LONG),
     *_over(
         TRAIN_8B,
         "training step, 8B-like layers, 4096 tokens, eager",
         [(LORA, 0.65), (HALF_LORA, 0.95), (BASE, 1.15)],
-    ),
-    *_over(
-        TRAIN_LONG,
-        "training step, 1B, 8192 tokens, eager",
-        [(LORA, 0.65), (HALF_LORA, 0.95), (BASE, 1.20)],
-    ),
-    *_over(TRAIN_EAGER, "training step, 1B, 4096 tokens, eager", [(LORA, 0.70)]),
-    Aim(
-        "peak memory above weights, training, 1B / one PEFT LoRA",
-        TRAIN_EAGER,
-        MIXTURE,
-        LORA,
-        0.75,
-        "peak_mib",
     ),
     *(
         aim
@@ -121,6 +119,7 @@ AIMS: list[Aim] = [
         )
     ),
     *_over(PREFILL, "prefill, 1B, 4096 tokens, eager", [(BASE, 1.25), (LORA, 0.60)]),
+    _xlora("prefill, 1B, eager", PREFILL, 15),
     *(
         Aim(
             f"decoding, 1B, CUDA graph, batch {conditions.batch}, k = 2 of {variant.experts}"
@@ -136,9 +135,6 @@ AIMS: list[Aim] = [
     *_over(DECODE_EAGER, "decoding, 1B, eager, batch 1", [(LORA, 1.0)]),
     _ratio_of_mixtures(16, 1.06),
     _ratio_of_mixtures(64, 1.20),
-    _xlora("training time, 1B, eager", TRAIN_EAGER, 10),
-    _xlora("training memory, 1B", TRAIN_EAGER, 5, "peak_mib"),
-    _xlora("prefill, 1B, eager", PREFILL, 15),
     *(
         Aim(
             f"host time per adapted linear, {name} / one PEFT LoRA",

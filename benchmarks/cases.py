@@ -101,6 +101,9 @@ TRAIN_GRAPH = _train("llama-1b", 4, 1024, "graph")
 TRAIN_EAGER = _train("llama-1b", 4, 1024)
 TRAIN_LONG = _train("llama-1b", 8, 1024)
 TRAIN_8B = _train("llama-8b-6-layers", 4, 1024)
+BLOCKS_GRAPH = _train("llama-1b-blocks", 4, 1024, "graph")
+BLOCKS_EAGER = _train("llama-1b-blocks", 4, 1024)
+BLOCKS_LONG = _train("llama-1b-blocks", 8, 1024)
 TRAIN_ADAMW = _train("llama-1b", 4, 1024, optimizer=True)
 CHECKPOINTED = [
     _train("llama-1b", 4, 1024, checkpointing=kind) for kind in ("nonreentrant", "reentrant")
@@ -124,6 +127,9 @@ def _bar() -> Iterator[Case]:
         Variant("lora", r=128),
     )
     yield from group(TRAIN_EAGER, BASE, LORA, HALF_LORA, MIXTURE, XLORA, LOOP)
+    yield from group(BLOCKS_GRAPH, BASE, LORA, HALF_LORA, MIXTURE)
+    yield from group(BLOCKS_EAGER, BASE, LORA, HALF_LORA, MIXTURE, XLORA)
+    yield from group(BLOCKS_LONG, BASE, LORA, HALF_LORA, MIXTURE)
     yield from group(TRAIN_ADAMW, LORA, HALF_LORA, MIXTURE)
     for conditions in CHECKPOINTED:
         yield from group(conditions, BASE, LORA, MIXTURE)

@@ -143,6 +143,8 @@ SHAPES = {
     shape.name: shape
     for shape in (
         _LLAMA_1B,
+        # all blocks, but no loss over 128 256 words, which costs every variant the same
+        _LLAMA_1B.cut("llama-1b-blocks", layers=16, vocabulary=1024),
         _LLAMA_1B.cut("llama-1b-4-layers", layers=4, vocabulary=1024),
         _LLAMA_8B,
         _LLAMA_8B.cut("llama-8b-6-layers", layers=6, vocabulary=1024),
