@@ -112,7 +112,8 @@ class _Patch:
 
 def is_installed() -> bool:
     """Whether the plugin is in effect."""
-    return bool(_undo)
+    # not bool(): torch.compile of torch 2.11 and older cannot trace that of a list
+    return len(_undo) > 0
 
 
 def install() -> None:
