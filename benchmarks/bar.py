@@ -21,6 +21,7 @@ from benchmarks.cases import (
     LORA,
     MIXTURE,
     PREFILL,
+    PREPARED,
     TRAIN_8B,
     TRAIN_EAGER,
     TRAIN_GRAPH,
@@ -119,6 +120,8 @@ AIMS: list[Aim] = [
         )
     ),
     *_over(PREFILL, "prefill, 1B, 4096 tokens, eager", [(BASE, 1.25), (LORA, 0.60)]),
+    Aim("prefill, 1B, 4096 tokens, eager, prepared / frozen base", PREFILL, PREPARED, BASE, 1.25),
+    Aim("prefill, 1B, 4096 tokens, eager, prepared / one PEFT LoRA", PREFILL, PREPARED, LORA, 0.60),
     _xlora("prefill, 1B, eager", PREFILL, 15),
     *(
         Aim(

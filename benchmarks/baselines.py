@@ -18,7 +18,7 @@ from peft import ArrowConfig, LoraConfig, XLoraConfig, create_arrow_model, get_p
 from torch import Tensor, nn
 
 from benchmarks.shapes import GPT2_LINEARS, LLAMA_LINEARS, adapted_layers
-from moelora import MoELoraConfig, Router
+from moelora import MoELoraConfig, Router, prepare_for_inference
 
 _STD_A, _STD_B = 0.02, 0.1
 #: Tokens of the mixed pass when a variant decides by a first pass of its own.
@@ -36,7 +36,7 @@ class Variant:
         r: rank of each.
         adapter_dtype: ``""`` for PEFT's default (float32 over a half-precision base), ``base`` for
             the base model's dtype.
-        detail: what distinguishes it further: the router's scope or type.
+        detail: what distinguishes it further: the router's scope or type, or ``prepared``.
     """
 
     kind: str
@@ -208,7 +208,7 @@ def _moelora(variant: Variant, base: Any, batch: int, tokens: int) -> Built:
         fields["router_scope"] = variant.detail
     elif variant.detail == "fixed":
         fields["router_type"] = "fixed"
-    elif variant.detail not in {"", "given"}:
+    elif variant.detail not in {"", "given", "prepared"}:
         raise KeyError(variant.detail)
     config = MoELoraConfig(
         r=variant.r,
@@ -228,6 +228,8 @@ def _moelora(variant: Variant, base: Any, batch: int, tokens: int) -> Built:
     if variant.detail == "given":
         weights = sparse_weights(batch, tokens, variant.experts, variant.top_k, _device(base))
         return Built(model, partial(model, routing_weights=weights), weights, explicit=True)
+    if variant.detail == "prepared":
+        prepare_for_inference(model)
     return Built(model, model)
 
 

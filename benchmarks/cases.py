@@ -82,6 +82,7 @@ def mixture(experts: int, top_k: int = 2, *, r: int = 16, detail: str = "") -> V
 
 
 MIXTURE = mixture(8)
+PREPARED = mixture(8, detail="prepared")
 XLORA = Variant("xlora", 8, 8)
 LOOP = Variant("loop", 8, 2)
 
@@ -134,7 +135,7 @@ def _bar() -> Iterator[Case]:
     for conditions in CHECKPOINTED:
         yield from group(conditions, BASE, LORA, MIXTURE)
     yield from group(TRAIN_LONG, BASE, LORA, HALF_LORA, MIXTURE)
-    yield from group(PREFILL, BASE, LORA, HALF_LORA, MIXTURE, XLORA, LOOP)
+    yield from group(PREFILL, BASE, LORA, HALF_LORA, MIXTURE, PREPARED, XLORA, LOOP)
     for conditions in DECODE_GRAPH:
         yield from group(conditions, BASE, LORA, HALF_LORA, MIXTURE, mixture(64))
     yield from group(DECODE_EAGER, BASE, LORA, HALF_LORA, MIXTURE)
@@ -255,7 +256,8 @@ _TINY_GROUPS = (
     ),
     group(
         Conditions("prefill", "tiny", 2, 8, dtype="fp32"),
-        *(BASE, LORA, MIXTURE, Variant("arrow", 3, 2, 4), Variant("npasses", 3, 2, 4)),
+        *(BASE, LORA, MIXTURE, mixture(4, r=4, detail="prepared"), Variant("arrow", 3, 2, 4)),
+        Variant("npasses", 3, 2, 4),
         Variant("xlora", 3, 3, 4),
     ),
     group(
@@ -287,7 +289,9 @@ def _smoke() -> Iterator[Case]:
     yield from group(Conditions("train", "tiny", 2, 16, optimizer=True), LORA, MIXTURE)
     for kind in ("reentrant", "nonreentrant"):
         yield from group(Conditions("train", "tiny", 2, 16, checkpointing=kind), BASE, MIXTURE)
-    yield from group(Conditions("prefill", "tiny", 2, 16), XLORA, LOOP, Variant("arrow", 8, 2))
+    yield from group(
+        Conditions("prefill", "tiny", 2, 16), PREPARED, XLORA, LOOP, Variant("arrow", 8, 2)
+    )
     yield from group(Conditions("host", "tiny", 1, 16), BASE, LORA, MIXTURE)
     yield from group(Conditions("leak", "tiny", 2, 16), MIXTURE)
     yield from group(

@@ -62,7 +62,7 @@ class SlowRun:
     def _routed(self, layer: Any, name: str, x: Tensor) -> Tensor:
         key = self._key(name)
         routing = self.record[key]
-        if self.variant.detail:
+        if self.variant.detail in {"layer", "model"}:
             # one router for many layers, whose input is not at hand: its weights as recorded. It
             # runs outside the layers, so the model's loss has its balancing loss already
             return routing.routing_weights.double().reshape(*x.shape[:-1], -1)

@@ -32,6 +32,7 @@ from moelora.errors import (
 from moelora.expert_record import ExpertRecord
 from moelora.experts import ExpertManager
 from moelora.export import ExportedExpert, export_expert
+from moelora.inference import Preparation, prepare_for_inference
 from moelora.losses import load_balancing_loss, router_z_loss, switch_loss
 from moelora.merge import MergedExperts, merge_experts
 from moelora.mixture import mark_mature
@@ -75,6 +76,7 @@ __all__ = [
     "MoETrainerCallback",
     "Novelty",
     "NoveltyDetector",
+    "Preparation",
     "ReportError",
     "RoutedDistance",
     "Router",
@@ -97,6 +99,7 @@ __all__ = [
     "merge_experts",
     "param_groups",
     "pool_hidden_states",
+    "prepare_for_inference",
     "record_routing",
     "router_entropy",
     "router_z_loss",

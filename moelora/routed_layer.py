@@ -23,6 +23,7 @@ from moelora.ops import (
 )
 from moelora.ops.backend import SPARSE_FROM
 from moelora.ops.options import LossType
+from moelora.ops.packing import KeptRows
 from moelora.ops.routed_triton import MAX_MEMBERS
 from moelora.router import ModuleRouter
 from moelora.routing import Routing
@@ -30,6 +31,8 @@ from moelora.scope import Frame, LayerBinding, Tape, TapeEntry
 from moelora.shared_input import Ready, conditions_of, may_be_recomputed_alone
 
 _PLAN = "_moelora_plan"
+#: Set on a layer that may keep its packed weights, see :mod:`moelora.inference`.
+KEEPS_ROWS = "_moelora_keeps_rows"
 
 
 class RoutedPlan:
@@ -83,6 +86,7 @@ class RoutedPlan:
             adapter, spec, self.scaling, self.dtypes, lora_a.weight.shape, router.mature is None,
             self.backend,
         )  # fmt: skip
+        self.kept = KeptRows() if layer.__dict__.get(KEEPS_ROWS) and self.uses_kernels else None
         self._maturity: tuple[Tensor, int, bool] | None = None
         self._options: dict[tuple[bool, bool], RouterOptions] = {}
 
@@ -197,7 +201,7 @@ class RoutedPlan:
         else:
             results = routed_linears_inference(
                 x, members, options=options, record=record, backend=self.backend,
-                all_mature=all_mature,
+                all_mature=all_mature, kept=self.kept,
             )  # fmt: skip
         if inputs is not None and others:
             version, conditions = x._version, conditions_of(x)
@@ -356,6 +360,11 @@ def plan_of(layer: Any, x: Tensor) -> RoutedPlan | None:
     if plan is None or _keeps_graph(layer):
         return None
     return plan
+
+
+def forget_plan(layer: nn.Module) -> None:
+    """Let a layer's next call make its plan anew."""
+    layer.__dict__.pop(_PLAN, None)
 
 
 def _keeps_graph(layer: Any) -> bool:

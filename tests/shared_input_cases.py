@@ -17,7 +17,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moelora import MoELoraConfig, record_routing
+from moelora import MoELoraConfig, prepare_for_inference, record_routing
+from moelora.ops import packing
 from moelora.routed_layer import RoutedPlan
 from tests.lm import tiny_llama, tiny_t5
 
@@ -120,6 +121,46 @@ def pair(base: nn.Module, **changes: Any) -> tuple[PeftModel, PeftModel]:
     return ours.train(), theirs.train()
 
 
+def prepared_model(ids: Tensor) -> None:
+    """A prepared model packs once, and again after each kind of change."""
+    global served
+    ours, theirs = pair(tiny_llama(dtype=torch.float32, num_hidden_layers=1))
+    ours.eval(), theirs.eval()
+    packs: list[int] = []
+    original = packing.pack
+
+    def pack(*args: Any) -> Any:
+        packs.append(1)
+        return original(*args)
+
+    packing.pack = pack
+
+    def logits(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return model(input_ids=ids).logits
+
+    logits(ours)
+    prepared = prepare_for_inference(ours)
+    # q with k and v, o, gate with up, down
+    for what, packed in (("first", 4), ("kept", 4), ("changed", 5), ("replaced", 6)):
+        for model in (ours, theirs):
+            layer = model.base_model.model.model.layers[0].self_attn.v_proj
+            with torch.no_grad():
+                if what == "changed":
+                    layer.lora_B["default"].weight.mul_(2)
+            if what == "replaced":
+                weight = layer.lora_A["default"].weight
+                layer.lora_A["default"].weight = nn.Parameter(weight.detach() * 3)
+        expected, served = logits(theirs), 0
+        check(f"prepared, {what}", [logits(ours)], [expected], expected=3)
+        assert len(packs) == packed, (what, len(packs))
+    prepared.remove()
+    expected, served = logits(theirs), 0
+    check("not prepared any more", [logits(ours)], [expected], expected=3)
+    assert len(packs) == packed
+    packing.pack = original
+
+
 def main() -> None:
     """All cases."""
     global served  # noqa: PLW0603 - a script
@@ -156,6 +197,7 @@ def main() -> None:
     with torch.no_grad():
         check("inference mode", [logits], [theirs(input_ids=ids).logits], expected=0)
 
+    prepared_model(ids)
     for reentrant in (True, False):
         ours, theirs = pair(tiny_llama(dtype=torch.float32, num_hidden_layers=1))
         expected = step(theirs, inputs)

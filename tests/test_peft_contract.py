@@ -496,6 +496,7 @@ NO_CONTRACT = {
     "_C": "torch reads it itself; the fused path is tested with it",
     "_has_any_global_hook": "torch reads it itself; the fused path is tested with it",
     "_cuda_getCurrentRawStream": "Triton launches with it too",
+    "_cuda_getDevice": "what torch.cuda.current_device calls",
     "_autograd": "where torch keeps the next one",
     "_top_saved_tensors_default_hooks": "without it, as before torch 2.8, no work is shared",
     "_dynamo": "torch.compile itself; the compiled trainings are tested with it",

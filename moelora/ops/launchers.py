@@ -33,7 +33,8 @@ class Launcher:
     def __init__(self, kernel: Any, *, num_warps: int = 4) -> None:
         self.kernel = kernel
         self.num_warps = num_warps
-        self.compiled: dict[tuple[Any, ...], Any] = {}
+        #: of each compiled form, what a launch needs
+        self.compiled: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
 
     def __call__(
         self,
@@ -53,7 +54,7 @@ class Launcher:
             aligned: False if a tensor from outside starts at an odd address.
         """
         device = arguments[0].device
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
+        if device.type == "cuda" and device.index != torch._C._cuda_getDevice():
             # Triton launches on the current device, wherever its arguments are
             with torch.cuda.device(device):
                 self(grid, key, arguments, aligned=aligned)
@@ -62,15 +63,15 @@ class Launcher:
         if compiled is not None and not _is_watched():
             if grid[0] > 0:
                 # what Triton's own launch does once it has found the compiled kernel
-                compiled.run(
-                    *grid,
-                    torch._C._cuda_getCurrentRawStream(device.index), compiled.function,
-                    compiled.packed_metadata, None, None, None, *arguments,
+                run, function, metadata = compiled
+                run(
+                    *grid, torch._C._cuda_getCurrentRawStream(device.index), function, metadata,
+                    None, None, None, *arguments,
                 )  # fmt: skip
             return
-        compiled = self.kernel[grid](*arguments, num_warps=self.num_warps)
-        if _LAUNCHES_DIRECTLY and aligned and hasattr(compiled, "packed_metadata"):
-            self.compiled[key] = compiled
+        made = self.kernel[grid](*arguments, num_warps=self.num_warps)
+        if _LAUNCHES_DIRECTLY and aligned and hasattr(made, "packed_metadata"):
+            self.compiled[key] = (made.run, made.function, made.packed_metadata)
 
 
 def _is_watched() -> bool:

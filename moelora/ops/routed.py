@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moelora.ops.backend import Choice, explain
 from moelora.ops.options import Member, RoutedOutput, RouterOptions
+from moelora.ops.packing import KeptRows
 from moelora.ops.products import base_product, in_shape, wide_mm
 from moelora.ops.reference import routed_linear_reference
 from moelora.ops.routed_eager import routed_linear_eager
@@ -220,6 +221,7 @@ def routed_linears_inference(
     record: bool = False,
     backend: str = "auto",
     all_mature: bool = False,
+    kept: KeptRows | None = None,
 ) -> list[RoutedOutput]:
     """:func:`routed_linears` without gradients, capacity and statistics.
 
@@ -232,6 +234,7 @@ def routed_linears_inference(
         record: as there.
         backend: as there.
         all_mature: as there.
+        kept: where the kernels' packed rows are kept until a parameter changes; None for nowhere.
 
     Raises:
         BackendError: if ``backend`` is unknown or cannot run here.
@@ -244,7 +247,9 @@ def routed_linears_inference(
     return [
         result
         for some in _launches(members)
-        for result in _inference(x, some, options, choice, record=record, all_mature=all_mature)
+        for result in _inference(
+            x, some, options, choice, record=record, all_mature=all_mature, kept=kept
+        )
     ]
 
 
@@ -256,6 +261,7 @@ def _inference(
     *,
     record: bool,
     all_mature: bool,
+    kept: KeptRows | None,
 ) -> list[RoutedOutput]:
     """As many layers as the kernels take at once."""
     flat = x.reshape(-1, x.shape[-1])
@@ -274,7 +280,7 @@ def _inference(
     else:
         ranks, d_in = first.lora_a.shape
         sizes = sizes_of(ranks, options.num_experts, d_in, x.dtype, len(members))
-        rows, lora_bs = pack(x, members, sizes)
+        rows, lora_bs = (pack if kept is None else kept.get)(x, members, sizes)
         matures = [member.mature for member in members]
         decision, mixed, _ = route(wide_mm(flat, rows.t()), None, matures, options, sizes, x.dtype)
         outputs = outputs_of(x, flat, members, mixed, lora_bs)
