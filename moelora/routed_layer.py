@@ -182,7 +182,7 @@ class RoutedPlan:
         has_graph = training or takes or torch.is_grad_enabled()
         inputs = None if frame is None or binding is None else frame.inputs
         others: list[tuple[str, RoutedPlan]] = []
-        if inputs is not None and binding is not None and self.uses_kernels:
+        if inputs is not None and binding is not None:
             if inputs.watch is not None:
                 inputs.watch.see(binding.name, layer, x)
             group = inputs.groups.get(binding.name)
@@ -191,7 +191,8 @@ class RoutedPlan:
                 others = self._others(group, layer, x)
         plans = [self, *(plan for _, plan in others)]
         members = [plan.member() for plan in plans]
-        all_mature = self.is_large and all(plan.knows_all_mature() for plan in plans)
+        asks = self.is_large or not self.uses_kernels
+        all_mature = asks and all(plan.knows_all_mature() for plan in plans)
         record = self._looks_on(binding, tape if takes else None)
         if has_graph:
             results = routed_linears(

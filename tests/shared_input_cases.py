@@ -192,10 +192,11 @@ def main() -> None:
     served = 0
     again = ours.generate(input_ids=ids[:1], max_new_tokens=2, do_sample=False).float()
     check("generation", [again], [generated], expected=6)
-    with torch.inference_mode():
-        logits = ours(input_ids=ids).logits
     with torch.no_grad():
-        check("inference mode", [logits], [theirs(input_ids=ids).logits], expected=0)
+        expected = [theirs(input_ids=ids).logits]
+    served = 0
+    with torch.inference_mode():
+        check("inference mode", [ours(input_ids=ids).logits], expected, expected=0)
 
     prepared_model(ids)
     for reentrant in (True, False):

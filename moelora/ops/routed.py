@@ -12,7 +12,7 @@ from moelora.ops.options import Member, RoutedOutput, RouterOptions
 from moelora.ops.packing import KeptRows
 from moelora.ops.products import base_product, in_shape, wide_mm
 from moelora.ops.reference import routed_linear_reference
-from moelora.ops.routed_eager import routed_linear_eager
+from moelora.ops.routed_eager import RoutedLinearsEager, compute
 from moelora.ops.routed_sparse import RoutedLinearsSparse
 from moelora.ops.routed_triton import (
     MAX_MEMBERS,
@@ -121,9 +121,14 @@ def routed_linears(
         [3.0, 1.0]
     """
     choice = _choice(x, members[0], options, backend)
-    if choice.backend != "triton":
-        run = _reference if choice.backend == "reference" else _eager
-        return [run(x, member, token_mask, options) for member in members]
+    if choice.backend == "reference":
+        return [_reference(x, member, token_mask, options) for member in members]
+    if choice.backend == "eager":
+        return [
+            result
+            for some in _alike(members)
+            for result in _eager(x, some, token_mask, options, all_mature=all_mature)
+        ]
     if token_mask is not None:
         token_mask = token_mask.contiguous()
     # without a capacity padding is served too, but not counted: no slots are known for it
@@ -149,11 +154,7 @@ def _launches(members: Sequence[Member]) -> list[Sequence[Member]]:
     """
     if len(members) == 1:
         return [members]
-    kinds = {
-        (m.lora_a.shape, m.lora_b.shape[1], m.router.shape, m.mature is None,
-         m.lora_a.dtype, m.lora_b.dtype, m.router.dtype)
-        for m in members
-    }  # fmt: skip
+    kinds = {_kind(member) for member in members}
     if len(kinds) > 1:
         raise ValueError(
             "Layers that are routed together must have the same experts, ranks, dtypes, and "
@@ -162,19 +163,57 @@ def _launches(members: Sequence[Member]) -> list[Sequence[Member]]:
     return [members[start : start + MAX_MEMBERS] for start in range(0, len(members), MAX_MEMBERS)]
 
 
-def _recorded(output: Tensor, statistics: Tensor | None, decision: Tensor | None) -> RoutedOutput:
+def _kind(member: Member) -> tuple[Any, ...]:
+    """What members that are computed together have in common."""
+    _, _, lora_a, lora_b, router, mature, _ = member
+    dtypes = (lora_a.dtype, lora_b.dtype, router.dtype)
+    return (lora_a.shape, lora_b.shape[1], router.shape, mature is None, dtypes)
+
+
+def _alike(members: Sequence[Member]) -> list[Sequence[Member]]:
+    """The members in portions that PyTorch's operations take at once: all, or each alone."""
+    if len(members) == 1 or len({_kind(member) for member in members}) == 1:
+        return [members]
+    return [(member,) for member in members]
+
+
+def _recorded(
+    output: Tensor, statistics: Tensor | None, decision: Sequence[Tensor] | Tensor | None
+) -> RoutedOutput:
     if decision is None:
         return RoutedOutput(output, None, None, statistics)
     return RoutedOutput(output, decision[0], decision[1], statistics)
 
 
 def _eager(
-    x: Tensor, member: Member, token_mask: Tensor | None, options: RouterOptions
-) -> RoutedOutput:
-    output, statistics, logits, weights = routed_linear_eager(
-        x, *member[:5], token_mask, member.mature, options, member.is_conv1d
-    )
-    return RoutedOutput(output, logits, weights, statistics)
+    x: Tensor,
+    members: Sequence[Member],
+    token_mask: Tensor | None,
+    options: RouterOptions,
+    *,
+    all_mature: bool,
+) -> list[RoutedOutput]:
+    op: Any = RoutedLinearsEager
+    tensors = [tensor for member in members for tensor in member[2:5]]
+    *results, logits, weights = op.apply(x, token_mask, members, options, all_mature, *tensors)
+    decisions = zip(logits.unbind(1), weights.unbind(1), strict=True)
+    outputs, statistics = results[: len(members)], results[len(members) :]
+    return list(map(_recorded, outputs, statistics, decisions))
+
+
+def _eager_inference(
+    x: Tensor,
+    members: Sequence[Member],
+    options: RouterOptions,
+    *,
+    record: bool,
+    all_mature: bool,
+) -> list[RoutedOutput]:
+    found = compute(x, members, options, all_mature=all_mature)
+    if not record:
+        return [RoutedOutput(output, None, None, None) for output in found.outputs]
+    decisions = zip(found.logits.unbind(1), found.weights.unbind(1), strict=True)
+    return list(map(_recorded, found.outputs, [None] * len(members), decisions))
 
 
 def _reference(
@@ -241,9 +280,14 @@ def routed_linears_inference(
         ValueError: if the ranks cannot be split evenly over the experts.
     """
     choice = _choice(x, members[0], options, backend)
-    if choice.backend != "triton":
-        run = _reference if choice.backend == "reference" else _eager
-        return [run(x, member, None, options) for member in members]
+    if choice.backend == "reference":
+        return [_reference(x, member, None, options) for member in members]
+    if choice.backend == "eager":
+        return [
+            result
+            for some in _alike(members)
+            for result in _eager_inference(x, some, options, record=record, all_mature=all_mature)
+        ]
     return [
         result
         for some in _launches(members)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from moelora.ops import Member, RouterOptions, routed_linear, routed_linears
+from tests.tolerances import assert_close
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,4 +42,5 @@ def test_layers_served_together_equal_each_layer_alone() -> None:
     for member, together in zip(members, routed_linears(x, members, options=options), strict=True):
         alone = routed_linear(x, *member[:5], options=options)
         assert torch.equal(together.output, alone.output)
-        assert torch.equal(together.statistics, alone.statistics)
+        # sums over the tokens, which may be taken in another order
+        assert_close(together.statistics, alone.statistics)
