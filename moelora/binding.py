@@ -25,7 +25,8 @@ from moelora.shared import bind_shared, unbind_shared
 
 def base_of(model: nn.Module) -> nn.Module:
     """The base model inside a PeftModel or LoraModel; any other module is its own base."""
-    if isinstance(model, _peft.PeftModel | _peft.PeftMixedModel):
+    # a tuple: torch.compile of torch 2.6 cannot trace a union made in place
+    if isinstance(model, (_peft.PeftModel, _peft.PeftMixedModel)):
         inner = model.base_model
         return inner.model if isinstance(inner, _peft.BaseTuner) else inner
     return model.model if isinstance(model, _peft.BaseTuner) else model

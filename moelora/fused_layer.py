@@ -54,7 +54,18 @@ def is_traced(x: Tensor) -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
-        or bool(nn.modules.module._has_any_global_hook())
+        or _has_global_hooks()
+    )
+
+
+def _has_global_hooks() -> bool:
+    """Whether calls of modules run hooks of no one module, as ``nn.Module.__call__`` sees it."""
+    hooks = nn.modules.module
+    return bool(
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
     )
 
 
