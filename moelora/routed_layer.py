@@ -24,7 +24,7 @@ from moelora.ops import (
 from moelora.ops.backend import SPARSE_FROM
 from moelora.ops.options import LossType
 from moelora.ops.packing import KeptRows
-from moelora.ops.routed_triton import MAX_MEMBERS
+from moelora.ops.routed_triton import MAX_MEMBERS, pack
 from moelora.router import ModuleRouter
 from moelora.routing import Routing
 from moelora.scope import Frame, LayerBinding, Tape, TapeEntry
@@ -198,11 +198,12 @@ class RoutedPlan:
             results = routed_linears(
                 x, members, options=options, token_mask=token_mask, record=record,
                 backend=self.backend, all_mature=all_mature,
+                packer=pack if inputs is None else inputs.rows.get,
             )  # fmt: skip
         else:
             results = routed_linears_inference(
                 x, members, options=options, record=record, backend=self.backend,
-                all_mature=all_mature, kept=self.kept,
+                all_mature=all_mature, packer=pack if self.kept is None else self.kept.get,
             )  # fmt: skip
         if inputs is not None and others:
             version, conditions = x._version, conditions_of(x)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from moelora.ops.packing import RowsTogether
 from moelora.routing import Routing
 from moelora.shared_input import InputGroups, InputWatch, SharedInputs, without
 
@@ -212,6 +213,7 @@ class RoutingScope:
         known_arguments: the forward's argument names that were looked at.
         announced: the base's config, where it was made to tell of its routers.
         input_groups: layers that read the same input; None before a forward was watched.
+        rows: what the kernels need of all layers, packed at once.
     """
 
     def __init__(self, aux_loss_scale: float | None = None, announced: Any = None) -> None:
@@ -223,6 +225,7 @@ class RoutingScope:
         self.known_arguments: frozenset[str] = frozenset()
         self.announced = announced
         self.input_groups: InputGroups | None = None
+        self.rows = RowsTogether()
         _scopes.add(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RoutingScope":
@@ -237,7 +240,8 @@ class RoutingScope:
     def shared_inputs(self) -> SharedInputs:
         """What a forward that begins may know of layers with the same input."""
         groups = self.input_groups
-        return SharedInputs(groups or {}, InputWatch() if groups is None else None, {})
+        watch = InputWatch() if groups is None else None
+        return SharedInputs(groups or {}, watch, self.rows.begin(), {})
 
     def learn(self, inputs: SharedInputs | None) -> None:
         """A forward is over."""
@@ -245,6 +249,9 @@ class RoutingScope:
             groups = inputs.watch.close()
             if self.input_groups is None:
                 self.input_groups = groups
+        elif inputs is not None:
+            # a forward that is watched packs each layer alone
+            inputs.rows.end()
         self.give_up(inputs)
 
     def give_up(self, inputs: SharedInputs | None) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moelora.ops import RoutedOutput
+from moelora.ops.packing import ForwardRows
 
 # torch 2.8: the first that tells of hooks for saved tensors
 _TOP_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
@@ -83,16 +84,18 @@ class SharedInputs:
     Attributes:
         groups: as they were when the forward began: a block that is recomputed must do the same.
         watch: looks for them, where they are not known yet.
+        rows: what it packs; a block that is recomputed takes the same.
         ready: results that wait for their layer's call, by its name.
     """
 
     groups: InputGroups
     watch: InputWatch | None
+    rows: ForwardRows
     ready: "dict[str, Ready]"
 
     def again(self) -> "SharedInputs":
         """The same for one run of a block on its own."""
-        return SharedInputs(self.groups, self.watch, {})
+        return SharedInputs(self.groups, self.watch, self.rows, {})
 
 
 class Ready(NamedTuple):

@@ -86,6 +86,7 @@ def is_aligned(*tensors: Tensor) -> bool:
 
 
 pack = Launcher(kernels._pack_fwd_kernel)
+pack_all = Launcher(kernels._pack_all_fwd_kernel)
 count = Launcher(kernels._count_fwd_kernel)
 route = Launcher(kernels._route_fwd_kernel)
 route_backward = Launcher(kernels._route_bwd_kernel)

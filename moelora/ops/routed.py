@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moelora.ops.backend import Choice, explain
 from moelora.ops.options import Member, RoutedOutput, RouterOptions
-from moelora.ops.packing import KeptRows
+from moelora.ops.packing import Packer
 from moelora.ops.products import base_product, in_shape, wide_mm
 from moelora.ops.reference import routed_linear_reference
 from moelora.ops.routed_eager import RoutedLinearsEager, compute
@@ -94,6 +94,7 @@ def routed_linears(
     record: bool = False,
     backend: str = "auto",
     all_mature: bool = False,
+    packer: Packer = pack,
 ) -> list[RoutedOutput]:
     """:func:`routed_linear` of several layers that read the same input, at less than their sum.
 
@@ -106,6 +107,7 @@ def routed_linears(
         record: as there.
         backend: as there.
         all_mature: as there.
+        packer: gives the kernels A, B and router in the dtype of ``x``.
 
     Raises:
         BackendError: if ``backend`` is unknown or cannot run here.
@@ -139,7 +141,7 @@ def routed_linears(
     found: list[RoutedOutput] = []
     for some in _launches(members):
         tensors = [tensor for member in some for tensor in member[2:5]]
-        *results, decision = op.apply(x, token_mask, some, options, *tensors)
+        *results, decision = op.apply(x, token_mask, some, options, packer, *tensors)
         decisions = decision.unbind() if record else [None] * len(some)
         outputs, statistics = results[: len(some)], results[len(some) :]
         found += map(_recorded, outputs, statistics, decisions)
@@ -260,7 +262,7 @@ def routed_linears_inference(
     record: bool = False,
     backend: str = "auto",
     all_mature: bool = False,
-    kept: KeptRows | None = None,
+    packer: Packer = pack,
 ) -> list[RoutedOutput]:
     """:func:`routed_linears` without gradients, capacity and statistics.
 
@@ -273,7 +275,7 @@ def routed_linears_inference(
         record: as there.
         backend: as there.
         all_mature: as there.
-        kept: where the kernels' packed rows are kept until a parameter changes; None for nowhere.
+        packer: as there.
 
     Raises:
         BackendError: if ``backend`` is unknown or cannot run here.
@@ -292,7 +294,7 @@ def routed_linears_inference(
         result
         for some in _launches(members)
         for result in _inference(
-            x, some, options, choice, record=record, all_mature=all_mature, kept=kept
+            x, some, options, choice, record=record, all_mature=all_mature, packer=packer
         )
     ]
 
@@ -305,7 +307,7 @@ def _inference(
     *,
     record: bool,
     all_mature: bool,
-    kept: KeptRows | None,
+    packer: Packer,
 ) -> list[RoutedOutput]:
     """As many layers as the kernels take at once."""
     flat = x.reshape(-1, x.shape[-1])
@@ -324,7 +326,7 @@ def _inference(
     else:
         ranks, d_in = first.lora_a.shape
         sizes = sizes_of(ranks, options.num_experts, d_in, x.dtype, len(members))
-        rows, lora_bs = (pack if kept is None else kept.get)(x, members, sizes)
+        rows, lora_bs = packer(x, members, sizes)
         matures = [member.mature for member in members]
         decision, mixed, _ = route(wide_mm(flat, rows.t()), None, matures, options, sizes, x.dtype)
         outputs = outputs_of(x, flat, members, mixed, lora_bs)

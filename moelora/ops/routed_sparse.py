@@ -30,7 +30,7 @@ from moelora.ops.routed_triton import (
 class RoutedLinearsSparse(torch.autograd.Function):
     """See :func:`moelora.ops.routed.routed_linears`. No expert may be young.
 
-    Arguments and results are those of ``RoutedLinears``.
+    Arguments and results are those of ``RoutedLinears``; most of A is never packed.
     """
 
     @staticmethod
@@ -40,6 +40,7 @@ class RoutedLinearsSparse(torch.autograd.Function):
         token_mask: Tensor | None,
         members: Sequence[Member],
         options: RouterOptions,
+        _packer: Any,
         *_tensors: Tensor,
     ) -> tuple[Tensor | None, ...]:
         """Forward."""
@@ -91,13 +92,13 @@ class RoutedLinearsSparse(torch.autograd.Function):
             grad.contiguous()
             for grad in output_gradients(gradients, lora_bs, x)
         ]
-        results: list[Tensor | None] = [None] * (4 + 3 * number)
+        results: list[Tensor | None] = [None] * (5 + 3 * number)
         for index, (grad, compact) in enumerate(zip(grads, compacts, strict=True)):
-            if needs[4 + 3 * index + 1]:
+            if needs[5 + 3 * index + 1]:
                 grad_b = torch.empty_like(lora_bs[index], dtype=ctx.dtypes[1])
                 _outer(grad, compact, slots[index], grad_b, sizes, strides=(1, sizes.ranks))
-                results[4 + 3 * index + 1] = grad_b
-        needs_rows = any(needs[4 + 3 * i] or needs[4 + 3 * i + 2] for i in range(number))
+                results[5 + 3 * index + 1] = grad_b
+        needs_rows = any(needs[5 + 3 * i] or needs[5 + 3 * i + 2] for i in range(number))
         if not (needs[0] or needs_rows):
             return tuple(results)
         grad_z = x.new_zeros(x.shape[0], sizes.grad_columns)
@@ -117,9 +118,9 @@ class RoutedLinearsSparse(torch.autograd.Function):
             for index, grad_compact in enumerate(grad_compacts):
                 grad_a = torch.empty_like(lora_as[index])
                 _outer(x, grad_compact, slots[index], grad_a, sizes, strides=(sizes.d_in, 1))
-                results[4 + 3 * index] = grad_a
+                results[5 + 3 * index] = grad_a
                 own = grad_routers[index * sizes.padded_experts :][: sizes.experts]
-                results[4 + 3 * index + 2] = in_dtype(own, ctx.dtypes[2], sizes.experts)
+                results[5 + 3 * index + 2] = in_dtype(own, ctx.dtypes[2], sizes.experts)
         if needs[0]:
             parts = zip(weights, lora_as, lora_bs, routers, strict=True)
             members = [Member(weight, None, a, b, router) for weight, a, b, router in parts]

@@ -7,7 +7,7 @@ the base output. Backward is one kernel between the same products. Layers that r
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -263,7 +263,8 @@ class RoutedLinears(torch.autograd.Function):
     """See :func:`moelora.ops.routed.routed_linears`.
 
     The tensors are A, B and router of one member after the other, those that may have gradients;
-    the results are all outputs, all statistics (or None), and the decisions.
+    ``packer`` is :func:`pack` or does the same. The results are all outputs, all statistics (or
+    None), and the decisions.
     """
 
     @staticmethod
@@ -273,6 +274,7 @@ class RoutedLinears(torch.autograd.Function):
         token_mask: Tensor | None,
         members: Sequence[Member],
         options: RouterOptions,
+        packer: Callable[..., tuple[Tensor, list[Tensor]]],
         *_tensors: Tensor,
     ) -> tuple[Tensor | None, ...]:
         """Forward."""
@@ -285,7 +287,7 @@ class RoutedLinears(torch.autograd.Function):
             first.lora_a.shape[0], options.num_experts, x.shape[-1], x.dtype, len(members)
         )
         flat = x.reshape(-1, x.shape[-1])
-        rows, lora_bs = pack(flat, members, sizes)
+        rows, lora_bs = packer(flat, members, sizes)
         z = wide_mm(flat, rows.t())
         matures = [member.mature for member in members]
         decision, mixed, statistics = route(z, token_mask, matures, options, sizes, x.dtype)
@@ -309,12 +311,12 @@ class RoutedLinears(torch.autograd.Function):
         saved, weights, lora_bs = rest[:4], rest[4 : 4 + number], rest[4 + number :]
         needs = ctx.needs_input_grad
         grads = output_gradients(gradients, lora_bs, x)
-        results: list[Tensor | None] = [None] * (4 + 3 * number)
+        results: list[Tensor | None] = [None] * (5 + 3 * number)
         for index, (grad, mixed) in enumerate(zip(grads, saved[0], strict=True)):
-            if needs[4 + 3 * index + 1]:
+            if needs[5 + 3 * index + 1]:
                 grad_b = wide_mm(grad.t(), mixed)
-                results[4 + 3 * index + 1] = in_dtype(grad_b, ctx.dtypes[1], grad_b.shape[0])
-        needs_rows = any(needs[4 + 3 * i] or needs[4 + 3 * i + 2] for i in range(number))
+                results[5 + 3 * index + 1] = in_dtype(grad_b, ctx.dtypes[1], grad_b.shape[0])
+        needs_rows = any(needs[5 + 3 * i] or needs[5 + 3 * i + 2] for i in range(number))
         if not (needs[0] or needs_rows):
             return tuple(results)
         grad_mixed = [wide_mm(grad, lora_b) for grad, lora_b in zip(grads, lora_bs, strict=True)]
@@ -325,8 +327,8 @@ class RoutedLinears(torch.autograd.Function):
             parts = wide_mm(grad_z.t(), x).split_with_sizes(sizes.parts)
             for index in range(number):
                 grad_a, grad_router = parts[index], parts[number + index]
-                results[4 + 3 * index] = in_dtype(grad_a, ctx.dtypes[0], sizes.ranks)
-                results[4 + 3 * index + 2] = in_dtype(grad_router, ctx.dtypes[2], sizes.experts)
+                results[5 + 3 * index] = in_dtype(grad_a, ctx.dtypes[0], sizes.ranks)
+                results[5 + 3 * index + 2] = in_dtype(grad_router, ctx.dtypes[2], sizes.experts)
         if needs[0]:
             # the leading bits of the router's rows are all that the dtype of x can hold
             used = rows[: sizes.grad_columns]

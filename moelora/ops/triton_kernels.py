@@ -105,6 +105,28 @@ def _pack_fwd_kernel(
 
 
 @triton.jit
+def _pack_all_fwd_kernel(tasks_ptr, task_of_ptr, like_ptr, out_ptr, BLOCK: tl.constexpr):
+    """The same for all layers of a model, from a table of what lies where.
+
+    A task is five numbers: the address it reads (of the dtype of ``like_ptr``), the element it
+    writes first, how many, which part of each (-1: zeros), and its first program.
+    """
+    pid = tl.program_id(0)
+    task_ptr = tasks_ptr + tl.load(task_of_ptr + pid).to(tl.int64) * 5
+    source_ptr = tl.load(task_ptr).to(tl.pointer_type(like_ptr.dtype.element_ty))
+    target_ptr = out_ptr + tl.load(task_ptr + 1)
+    part = tl.load(task_ptr + 3)
+    element = (pid - tl.load(task_ptr + 4)) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < tl.load(task_ptr + 2)
+    value = tl.load(source_ptr + element, mask=inside & (part >= 0), other=0.0).to(tl.float32)
+    dtype = out_ptr.dtype.element_ty
+    leading = value.to(dtype).to(tl.float32)
+    middle = (value - leading).to(dtype).to(tl.float32)
+    value = tl.where(part == 1, middle, tl.where(part == 2, value - leading - middle, value))
+    tl.store(target_ptr + element, value.to(dtype), mask=inside)
+
+
+@triton.jit
 def _load_logits(
     z_ptr, tokens, inside, z_stride, member, padded_ranks, experts, padded_experts,
     inverse_temperature, E2: tl.constexpr, SPLITS: tl.constexpr, MEMBERS: tl.constexpr,

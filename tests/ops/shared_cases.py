@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 python -m tests.ops.shared_cases
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from moelora.ops import (
     routed_linears,
     routed_linears_inference,
 )
+from moelora.ops.packing import RowsTogether
+from moelora.ops.routed_triton import pack, sizes_of
 
 #: tokens, d_in, widths of the outputs, experts, rank, k, capacity factor, loss, mature
 CASES = [
@@ -134,9 +137,51 @@ def inference_errors(case: tuple, tokens: int) -> list[float]:
     return errors
 
 
+def packed_otherwise(x_dtype: torch.dtype, dtype: torch.dtype, b_dtype: torch.dtype) -> list[str]:
+    """What packing all layers at once writes otherwise than packing each alone, to the bit."""
+    generator = torch.Generator().manual_seed(7)
+
+    def normal(*shape: int, dtype: torch.dtype) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * 3).to(dtype)
+
+    found, together = [], RowsTogether()
+    x = normal(2, 70, dtype=x_dtype)
+    groups = []
+    # one whose ranks and experts are whole blocks, one whose are not; one larger than a program's
+    for ranks, experts, widths in ((15, 5, (6, 9, 130)), (16, 8, (7,)), (96, 3, (80, 4))):
+        members = [
+            Member(
+                x,
+                None,
+                normal(ranks, 70, dtype=dtype),
+                normal(width, ranks, dtype=b_dtype),
+                normal(experts, 70, dtype=dtype),
+            )
+            for width in widths
+        ]
+        groups.append((members, sizes_of(ranks, experts, 70, x_dtype, len(members))))
+    for turn in range(2):
+        rows = together.begin()
+        for members, sizes in groups:
+            expected, given = pack(x, members, sizes), rows.get(x, members, sizes)
+            pairs = zip([expected[0], *expected[1]], [given[0], *given[1]], strict=True)
+            found += [
+                f"{x_dtype} {dtype} {b_dtype} {turn} {sizes.key} {number}"
+                for number, (a, b) in enumerate(pairs)
+                if a.dtype != b.dtype or a.shape != b.shape or not torch.equal(a, b)
+            ]
+        rows.end()
+    if rows._used != set(together._wanted) or len(rows._used) != len(groups):
+        found.append("they were not packed at once")
+    return found
+
+
 def main() -> int:
     """Run all cases; say which are wrong."""
-    wrong = []
+    wrong: list[Any] = []
+    half, single = torch.bfloat16, torch.float32
+    for dtypes in ((half, single, single), (half, half, half), (single,) * 3, (half, single, half)):
+        wrong += packed_otherwise(*dtypes)
     for number, case in enumerate(CASES):
         found = training_errors(case)
         found += inference_errors(case, 20) + inference_errors(case, 3)

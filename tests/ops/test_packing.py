@@ -1,0 +1,169 @@
+"""Packing the rows of all layers at once: what is learnt, and what is given up."""
+
+from __future__ import annotations
+
+import gc
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moelora.ops import Member, packing
+from moelora.ops.packing import RowsTogether
+from moelora.ops.routed_triton import sizes_of
+
+X = torch.ones(3, 4)
+RANKS, EXPERTS, WIDTH = 4, 2, 5
+
+
+class NoLaunch:
+    """Stands for the kernels; what they would write is looked at in Triton's interpreter."""
+
+    def __init__(self) -> None:
+        self.launches = 0
+
+    def pack_all(self, *_arguments: Any) -> None:
+        self.launches += 1
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Layers that were packed alone, by number of members."""
+    packed: list[int] = []
+
+    def pack(x: Tensor, members: list[Member], _sizes: Any) -> tuple[Tensor, list[Tensor]]:
+        packed.append(len(members))
+        return x.new_zeros(1), [member.lora_b for member in members]
+
+    kernels = NoLaunch()
+    monkeypatch.setattr(packing, "pack", pack)
+    monkeypatch.setattr(packing, "launchers", lambda: kernels)
+    return packed
+
+
+def layer(dtype: torch.dtype = torch.float32) -> Member:
+    shapes = [(RANKS, 4), (WIDTH, RANKS), (EXPERTS, 4)]
+    return Member(
+        torch.ones(WIDTH, 4), None, *(nn.Parameter(torch.ones(s, dtype=dtype)) for s in shapes)
+    )
+
+
+def forward(together: RowsTogether, *groups: list[Member]) -> None:
+    rows = together.begin()
+    for members in groups:
+        rows.get(X, members, sizes_of(RANKS, EXPERTS, 4, X.dtype, len(members)))
+    rows.end()
+
+
+def test_what_one_forward_packs_alone_the_next_packs_at_once(alone: list[int]) -> None:
+    together, layers = RowsTogether(), [layer() for _ in range(4)]
+    groups = [layers[:3], layers[3:]]
+    forward(together, *groups)
+    assert alone == [3, 1]
+    forward(together, *groups)
+    forward(together, *groups)
+    assert alone == [3, 1]
+
+
+def test_layers_that_come_later_are_learnt_too(alone: list[int]) -> None:
+    together, layers = RowsTogether(), [layer() for _ in range(3)]
+    forward(together, layers[:1])
+    forward(together, layers[:1], layers[1:])
+    assert alone == [1, 2]
+    forward(together, layers[:1], layers[1:])
+    assert alone == [1, 2]
+
+
+def test_layers_that_most_forwards_leave_out_are_forgotten(alone: list[int]) -> None:
+    together, layers = RowsTogether(), [layer() for _ in range(5)]
+    forward(together, *([one] for one in layers))
+    forward(together, [layers[0]])
+    alone.clear()
+    forward(together, *([one] for one in layers))
+    assert len(alone) == 4
+
+
+def test_a_forward_without_any_packing_forgets_nothing(alone: list[int]) -> None:
+    together, one = RowsTogether(), [layer()]
+    forward(together, one)
+    forward(together)
+    alone.clear()
+    forward(together, one)
+    assert alone == []
+
+
+def test_a_layer_that_goes_is_not_kept_alive(alone: list[int]) -> None:
+    together, layers = RowsTogether(), [layer(), layer()]
+    groups = [layers[:1], layers[1:]]
+    forward(together, *groups)
+    del groups, layers[1:]
+    gc.collect()
+    alone.clear()
+    # once alone, since what is known is out of date; then at once again
+    forward(together, layers)
+    forward(together, layers)
+    forward(together, layers)
+    assert alone == [1]
+
+
+def test_parameters_whose_memory_is_away_are_packed_when_it_is_back(alone: list[int]) -> None:
+    together, one = RowsTogether(), layer()
+    forward(together, [one])
+    # as FSDP does between forwards
+    one.lora_a.data.untyped_storage().resize_(0)
+    alone.clear()
+    forward(together, [one])
+    assert alone == [1]
+    one.lora_a.data.untyped_storage().resize_(RANKS * 4 * 4)
+    forward(together, [one])
+    assert alone == [1]
+
+
+def test_parameters_that_move_every_time_are_packed_alone_in_the_end(alone: list[int]) -> None:
+    together, one = RowsTogether(), layer()
+    places = []
+    for _ in range(packing._MAX_TABLES + 3):
+        # all are kept, so each is somewhere else
+        places.append(torch.ones(RANKS, 4))
+        one.lora_a.data = places[-1]
+        forward(together, [one])
+    assert len(alone) == 3
+
+
+@pytest.mark.parametrize("kind", ["dtype", "not contiguous"])
+def test_parameters_that_one_kernel_cannot_read_are_packed_alone(
+    alone: list[int], kind: str
+) -> None:
+    together, one, other = RowsTogether(), layer(), layer()
+    if kind == "dtype":
+        other = layer(torch.float64)
+    else:
+        other.router.data = torch.ones(4, EXPERTS).t()
+    for _ in range(3):
+        forward(together, [one], [other])
+    assert alone == [1, 1] * 3
+
+
+def test_changes_in_a_forward_are_seen_until_its_recomputation(alone: list[int]) -> None:
+    together, one = RowsTogether(), layer()
+    sizes = sizes_of(RANKS, EXPERTS, 4, X.dtype, 1)
+    forward(together, [one])
+    rows = together.begin()
+    first = rows.get(X, [one], sizes)[0]
+    rows.end()
+    assert rows.get(X, [one], sizes)[0] is first
+    alone.clear()
+    with torch.no_grad():
+        one.lora_b.add_(1)
+    rows.get(X, [one], sizes)
+    assert alone == [1]
+
+
+def test_a_scope_that_is_pickled_takes_nothing_along() -> None:
+    from moelora.scope import RoutingScope
+
+    scope = RoutingScope()
+    forward(scope.rows)
+    assert pickle.loads(pickle.dumps(scope)).rows is not scope.rows
