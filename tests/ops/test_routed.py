@@ -12,6 +12,7 @@ import torch
 
 from moelora.errors import BackendError
 from moelora.ops import Choice, explain
+from tests.interpreter import needs_interpreter
 from tests.ops.routed_cases import CASES, LOSSES, errors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +25,7 @@ def test_the_eager_op_equals_the_reference_with_all_gradients(case: tuple, loss_
 
 
 def test_the_kernels_equal_the_reference_with_all_gradients() -> None:
-    pytest.importorskip("triton")
+    needs_interpreter()
     finished = subprocess.run(
         [sys.executable, "-m", "tests.ops.routed_cases"],
         env={**os.environ, "TRITON_INTERPRET": "1"},

@@ -7,17 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 from moelora.ops import Member, RouterOptions, routed_linear, routed_linears
+from tests.interpreter import needs_interpreter
 from tests.tolerances import assert_close
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_kernels_serve_layers_with_one_input_together_with_all_gradients() -> None:
-    pytest.importorskip("triton")
+    needs_interpreter()
     finished = subprocess.run(
         [sys.executable, "-m", "tests.ops.shared_cases"],
         env={**os.environ, "TRITON_INTERPRET": "1"},
