@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, Adagrad, Optimizer
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from moelora import _peft
@@ -96,6 +96,8 @@ def update_optimizer(
         _add_group(optimizer, new, options)
     elif new:
         _join_groups(optimizer, model, new)
+    if isinstance(optimizer, Adagrad):
+        _start_adagrad(optimizer, {id(parameter) for _, parameter in new})
     for group in ordered:
         _order(group, named)
     return [parameter for _, parameter in new]
@@ -205,6 +207,15 @@ def _join_groups(
         group["params"] = [*group["params"], parameter]
         if "param_names" in group:
             group["param_names"] = [*group["param_names"], name]
+
+
+def _start_adagrad(optimizer: Adagrad, new: set[int]) -> None:
+    """Give new parameters the state that Adagrad of torch 2.11 and older gives when it is made."""
+    for group in optimizer.param_groups:
+        told = {name: group[name] for name in ("initial_accumulator_value", "fused")}
+        for parameter in group["params"]:
+            if id(parameter) in new:
+                optimizer.state[parameter] = Adagrad([parameter], **told).state[parameter]
 
 
 def _adapter_names(model: nn.Module) -> set[str]:

@@ -32,7 +32,9 @@ def content() -> dict[str, Any]:
 
 def test_the_report_names_what_was_measured_and_where(content: dict[str, Any]) -> None:
     assert json.loads(json.dumps(content))["setting"]["experts"] == [2, 4]
-    assert content["environment"]["libraries"]["torch"] == torch.__version__
+    # of a build for one device, the packaged version may lack the build's name
+    measured_with = content["environment"]["libraries"]["torch"]
+    assert measured_with.split("+")[0] == torch.__version__.split("+")[0]
     assert list(content["speed"]) == list(content["memory"]) == ["2", "4"]
 
 

@@ -83,7 +83,9 @@ def test_the_report_holds_every_figure(figures: Figures, tmp_path: Path) -> None
     content = json.loads((tmp_path / "continual-learning.json").read_text())
     assert content["figures"]["chosen"] == figures.chosen
     assert content["routed_margin"] == figures.margin
-    assert content["environment"]["libraries"]["torch"] == torch.__version__
+    # of a build for one device, the packaged version may lack the build's name
+    measured_with = content["environment"]["libraries"]["torch"]
+    assert measured_with.split("+")[0] == torch.__version__.split("+")[0]
     page = (tmp_path / "continual-learning.md").read_text()
     assert page == as_markdown(content)
     for name in figures.base:
