@@ -335,7 +335,8 @@ def _route_fwd_kernel(
     probs = _softmax(logits, real)
     chosen = _choose(logits, K, E2)
     keep = (chosen > 0) & real
-    if HAS_CAPACITY or HAS_STATISTICS or DISPATCH > 0:
+    # in parentheses: Triton 3.2 takes two operands at a time
+    if (HAS_CAPACITY or HAS_STATISTICS) or DISPATCH > 0:
         number = 0.0
         before = tl.zeros([E2], dtype=tl.float32)
         slots = tl.zeros([E2], dtype=tl.float32)
