@@ -11,7 +11,7 @@
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -183,7 +183,7 @@ def _joined(entries: list[TapeEntry]) -> list[TapeEntry]:
         return entries
     averaged = iter(average_over_ranks([_statistics(entry) for entry in joining]))
     return [
-        replace(entry, statistics=(next(averaged), _num_experts(entry)), token_mask=None)
+        entry._replace(statistics=(next(averaged), _num_experts(entry)), token_mask=None)
         if entry.over_ranks
         else entry
         for entry in entries

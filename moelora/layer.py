@@ -47,7 +47,11 @@ def needs_routing(layer: Any, kwargs: dict[str, Any]) -> bool:
     mixtures = layer.__dict__.get("moe_mixtures")
     if not mixtures:
         return False
-    return any(name in mixtures and mixtures[name].routed for name in layer.active_adapters)
+    for name in layer.active_adapters:
+        spec = mixtures.get(name)
+        if spec is not None and spec.routed:
+            return True
+    return False
 
 
 def routed_forward(original: Any, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -72,7 +72,7 @@ class RoutedPlan:
         self.backend: str = layer.__dict__.get("_moelora_backend", "auto")
         #: whether the ops may leave unchosen experts out
         self.is_large = self.tensors[0].shape[0] > SPARSE_FROM * spec.top_k
-        choice = explain(
+        self.choice = explain(
             device=x.device.type,
             dtype=x.dtype,
             num_experts=spec.num_experts,
@@ -80,7 +80,7 @@ class RoutedPlan:
             rank=lora_a.weight.shape[0] // spec.num_experts,
             backend=self.backend,
         )
-        self.uses_kernels = choice.backend == "triton"
+        self.uses_kernels = self.choice.backend == "triton"
         #: layers of one kind may be computed together
         self.kind = (
             adapter, spec, self.scaling, self.dtypes, lora_a.weight.shape, router.mature is None,
@@ -197,13 +197,13 @@ class RoutedPlan:
         if has_graph:
             results = routed_linears(
                 x, members, options=options, token_mask=token_mask, record=record,
-                backend=self.backend, all_mature=all_mature,
-                packer=pack if inputs is None else inputs.rows.get,
+                all_mature=all_mature, packer=pack if inputs is None else inputs.rows.get,
+                choice=self.choice,
             )  # fmt: skip
         else:
             results = routed_linears_inference(
-                x, members, options=options, record=record, backend=self.backend,
-                all_mature=all_mature, packer=pack if self.kept is None else self.kept.get,
+                x, members, options=options, record=record, all_mature=all_mature,
+                packer=pack if self.kept is None else self.kept.get, choice=self.choice,
             )  # fmt: skip
         if inputs is not None and others:
             version, conditions = x._version, conditions_of(x)
@@ -216,11 +216,14 @@ class RoutedPlan:
     ) -> "list[tuple[str, RoutedPlan]]":
         """The plans of those behind this layer in its group, if they are of one kind."""
         others: list[tuple[str, RoutedPlan]] = []
-        position = next((n for n, (_, other) in enumerate(group) if other is layer), len(group))
         # an inference tensor has no version, by which a change of it could be seen
         if x.is_inference():
             return others
-        for name, other in group[position + 1 : position + MAX_MEMBERS]:
+        is_behind = False
+        for name, other in group:
+            if not is_behind:
+                is_behind = other is layer
+                continue
             # a hook before a layer may change what the layer is
             if other.training != layer.training or other._forward_pre_hooks:
                 return others
@@ -228,6 +231,8 @@ class RoutedPlan:
             if plan is None or plan.kind != self.kind:
                 return others
             others.append((name, plan))
+            if len(others) + 1 == MAX_MEMBERS:
+                return others
         return others
 
     @staticmethod

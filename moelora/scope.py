@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -20,8 +20,7 @@ from moelora.routing import Routing
 from moelora.shared_input import InputGroups, InputWatch, SharedInputs, without
 
 
-@dataclass(frozen=True)
-class TapeEntry:
+class TapeEntry(NamedTuple):
     """One router's decision during a training forward, until the losses are taken from it.
 
     Attributes:

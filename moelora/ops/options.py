@@ -60,8 +60,7 @@ class Member(NamedTuple):
     is_conv1d: bool = False
 
 
-@dataclass(frozen=True)
-class RoutedOutput:
+class RoutedOutput(NamedTuple):
     """What a routed layer gives.
 
     Attributes:

@@ -95,6 +95,7 @@ def routed_linears(
     backend: str = "auto",
     all_mature: bool = False,
     packer: Packer = pack,
+    choice: Choice | None = None,
 ) -> list[RoutedOutput]:
     """:func:`routed_linear` of several layers that read the same input, at less than their sum.
 
@@ -108,6 +109,8 @@ def routed_linears(
         backend: as there.
         all_mature: as there.
         packer: gives the kernels A, B and router in the dtype of ``x``.
+        choice: what :func:`explain` said of these members; they are known to be alike, and nothing
+            is checked.
 
     Raises:
         BackendError: if ``backend`` is unknown or cannot run here.
@@ -122,15 +125,17 @@ def routed_linears(
         >>> [result.output.item() for result in results]
         [3.0, 1.0]
     """
-    choice = _choice(x, members[0], options, backend)
+    portions: Sequence[Sequence[Member]] = (members,)
+    if choice is None:
+        choice = _choice(x, members[0], options, backend)
+        portions = _portions(members, choice)
     if choice.backend == "reference":
         return [_reference(x, member, token_mask, options) for member in members]
+    found: list[RoutedOutput] = []
     if choice.backend == "eager":
-        return [
-            result
-            for some in _alike(members)
-            for result in _eager(x, some, token_mask, options, all_mature=all_mature)
-        ]
+        for some in portions:
+            found += _eager(x, some, token_mask, options, all_mature=all_mature)
+        return found
     if token_mask is not None:
         token_mask = token_mask.contiguous()
     # without a capacity padding is served too, but not counted: no slots are known for it
@@ -138,8 +143,7 @@ def routed_linears(
     op: Any = RoutedLinears
     if choice.is_sparse and countable and (members[0].mature is None or all_mature):
         op = RoutedLinearsSparse
-    found: list[RoutedOutput] = []
-    for some in _launches(members):
+    for some in portions:
         tensors = [tensor for member in some for tensor in member[2:5]]
         *results, decision = op.apply(x, token_mask, some, options, packer, *tensors)
         decisions = decision.unbind() if record else [None] * len(some)
@@ -148,15 +152,15 @@ def routed_linears(
     return found
 
 
-def _launches(members: Sequence[Member]) -> list[Sequence[Member]]:
-    """The members in portions that the kernels take at once.
+def _portions(members: Sequence[Member], choice: Choice) -> Sequence[Sequence[Member]]:
+    """The members that are computed together: as many as the kernels take, or all that are alike.
 
     Raises:
         ValueError: if they are not alike: the kernels would read the others as the first.
     """
-    if len(members) == 1:
-        return [members]
     kinds = {_kind(member) for member in members}
+    if choice.backend != "triton":
+        return [members] if len(kinds) == 1 else [(member,) for member in members]
     if len(kinds) > 1:
         raise ValueError(
             "Layers that are routed together must have the same experts, ranks, dtypes, and "
@@ -170,13 +174,6 @@ def _kind(member: Member) -> tuple[Any, ...]:
     _, _, lora_a, lora_b, router, mature, _ = member
     dtypes = (lora_a.dtype, lora_b.dtype, router.dtype)
     return (lora_a.shape, lora_b.shape[1], router.shape, mature is None, dtypes)
-
-
-def _alike(members: Sequence[Member]) -> list[Sequence[Member]]:
-    """The members in portions that PyTorch's operations take at once: all, or each alone."""
-    if len(members) == 1 or len({_kind(member) for member in members}) == 1:
-        return [members]
-    return [(member,) for member in members]
 
 
 def _recorded(
@@ -263,6 +260,7 @@ def routed_linears_inference(
     backend: str = "auto",
     all_mature: bool = False,
     packer: Packer = pack,
+    choice: Choice | None = None,
 ) -> list[RoutedOutput]:
     """:func:`routed_linears` without gradients, capacity and statistics.
 
@@ -276,27 +274,27 @@ def routed_linears_inference(
         backend: as there.
         all_mature: as there.
         packer: as there.
+        choice: as there.
 
     Raises:
         BackendError: if ``backend`` is unknown or cannot run here.
         ValueError: if the ranks cannot be split evenly over the experts.
     """
-    choice = _choice(x, members[0], options, backend)
+    portions: Sequence[Sequence[Member]] = (members,)
+    if choice is None:
+        choice = _choice(x, members[0], options, backend)
+        portions = _portions(members, choice)
     if choice.backend == "reference":
         return [_reference(x, member, None, options) for member in members]
-    if choice.backend == "eager":
-        return [
-            result
-            for some in _alike(members)
-            for result in _eager_inference(x, some, options, record=record, all_mature=all_mature)
-        ]
-    return [
-        result
-        for some in _launches(members)
-        for result in _inference(
-            x, some, options, choice, record=record, all_mature=all_mature, packer=packer
-        )
-    ]
+    found: list[RoutedOutput] = []
+    for some in portions:
+        if choice.backend == "eager":
+            found += _eager_inference(x, some, options, record=record, all_mature=all_mature)
+        else:
+            found += _inference(
+                x, some, options, choice, record=record, all_mature=all_mature, packer=packer
+            )
+    return found
 
 
 def _inference(
