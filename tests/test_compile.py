@@ -13,8 +13,16 @@ from moelora.fused_layer import narrow_combine, narrows
 from moelora.ops import lora_combine_reference
 from tests.compile_cases import CASES, LENGTHS
 from tests.lm import lora_layers, mixture, run_python, tiny_llama
+from tests.tracing import needs_model_tracing
 
-OVER_LENGTHS = [name for name in CASES if name not in {"wide_parameters", "generation"}]
+
+def cases(*left_out: str) -> list[Any]:
+    """The cases, those of whole models where these can be traced."""
+    return [
+        pytest.param(name, marks=() if name == "one_layer" else needs_model_tracing)
+        for name in CASES
+        if name not in left_out
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +31,11 @@ def found() -> dict[str, Any]:
     finished = run_python("from tests.compile_cases import main; main()")
     assert finished.returncode == 0, finished.stderr[-3000:]
     lines = [line for line in finished.stdout.splitlines() if line.startswith("CASE ")]
-    cases = [json.loads(line.removeprefix("CASE ")) for line in lines]
-    return {each["case"]: each for each in cases}
+    results = [json.loads(line.removeprefix("CASE ")) for line in lines]
+    return {each["case"]: each for each in results}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cases())
 def test_it_compiles_without_a_graph_break_and_computes_the_same(
     case: str, found: dict[str, Any]
 ) -> None:
@@ -37,15 +45,17 @@ def test_it_compiles_without_a_graph_break_and_computes_the_same(
     assert found[case]["error"] < (2.0 if case == "wide_parameters" else 1e-5)
 
 
-@pytest.mark.parametrize("case", OVER_LENGTHS)
+@pytest.mark.parametrize("case", cases("wide_parameters", "generation"))
 def test_a_second_length_makes_the_last_graph(case: str, found: dict[str, Any]) -> None:
     assert found[case]["graphs"] == [1, *[2] * (len(LENGTHS) - 1)]
 
 
+@needs_model_tracing
 def test_wide_parameters_were_computed_with_in_the_inputs_dtype(found: dict[str, Any]) -> None:
     assert found["wide_parameters"]["seen"]
 
 
+@needs_model_tracing
 def test_decoding_with_a_static_cache_was_compiled(found: dict[str, Any]) -> None:
     # whole prompt and single tokens; transformers compiles the second only
     assert found["generation"]["graphs"] == [1]
@@ -85,6 +95,7 @@ def test_a_narrowed_update_is_as_exact_as_its_dtype() -> None:
     assert (found.double() - expected).norm() < 1e-2 * expected.norm()
 
 
+@needs_model_tracing
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_a_compiled_step_on_a_gpu_has_the_gradients_of_a_plain_one(mode: str) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from tests.lm import run_python
+from tests.tracing import needs_model_tracing
 from tests.trainer.compiled import CELLS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs_model_tracing]
 CODE = "from tests.trainer.compiled import main; main()"
 
 
