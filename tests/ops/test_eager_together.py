@@ -14,6 +14,7 @@ from torch import Tensor
 from moelora import record_routing
 from moelora.ops import Member, RoutedOutput, routed_linears, routed_linears_inference
 from moelora.routed_layer import RoutedPlan
+from moelora.shared_input import may_be_recomputed_alone
 from tests.lm import checkpoint_blocks, mixture, token_ids
 from tests.ops.test_routed_laws import Problem, example, problems, pulled, results
 from tests.tolerances import assert_close, assert_equal
@@ -169,7 +170,8 @@ def test_a_model_on_a_cpu_trains_as_if_its_layers_were_alone(
     alone = step()
     numbers = served(monkeypatch)
     assert_close(step(), alone)
-    assert sum(numbers) > 0
+    # before torch 2.8 nobody tells whether a block is recomputed alone
+    assert sum(numbers) > 0 or (checkpointing is None and may_be_recomputed_alone())
 
 
 def test_a_model_on_a_cpu_generates_as_if_its_layers_were_alone(
