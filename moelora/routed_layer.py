@@ -341,6 +341,8 @@ def planned_forward(
         ready = frame.inputs.ready.get(binding.name)
         if ready is not None and ready.is_for(x):
             del frame.inputs.ready[binding.name]
+            if frame.inputs.watch is not None:
+                frame.inputs.watch.see(binding.name, layer, x)
             plan: RoutedPlan = ready.plan
             return plan.finish(ready.result, binding, frame, token_mask=token_mask())
     found = plan_of(layer, x)

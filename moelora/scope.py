@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from moelora.ops.packing import RowsTogether
 from moelora.routing import Routing
-from moelora.shared_input import InputGroups, InputWatch, SharedInputs, without
+from moelora.shared_input import (
+    InputGroups,
+    InputWatch,
+    SharedInputs,
+    expected_groups,
+    without,
+)
 
 
 class TapeEntry(NamedTuple):
@@ -236,22 +242,31 @@ class RoutingScope:
     def __reduce__(self) -> tuple[Any, ...]:
         return RoutingScope, (self.aux_loss_scale, self.announced)
 
-    def shared_inputs(self) -> SharedInputs:
-        """What a forward that begins may know of layers with the same input."""
+    def shared_inputs(self, base: nn.Module) -> SharedInputs:
+        """What a forward that begins may know of layers with the same input.
+
+        Args:
+            base: the model.
+        """
         groups = self.input_groups
-        watch = InputWatch() if groups is None else None
-        return SharedInputs(groups or {}, watch, self.rows.begin(), {})
+        if groups is None:
+            return SharedInputs(expected_groups(base), InputWatch(), self.rows.begin(), {})
+        return SharedInputs(groups, None, self.rows.begin(), {})
 
     def learn(self, inputs: SharedInputs | None) -> None:
         """A forward is over."""
-        if inputs is not None and inputs.watch is not None:
-            groups = inputs.watch.close()
-            if self.input_groups is None:
-                self.input_groups = groups
-        elif inputs is not None:
-            # a forward that is watched packs each layer alone
+        if inputs is None:
+            return
+        if inputs.watch is None:
             inputs.rows.end()
-        self.give_up(inputs)
+            self.give_up(inputs)
+            return
+        groups = inputs.watch.close()
+        if groups == inputs.groups:
+            # else it packed layers for groups that there are not
+            inputs.rows.end()
+        if self.input_groups is None:
+            self.input_groups = groups
 
     def give_up(self, inputs: SharedInputs | None) -> None:
         """Forget the groups of results that nobody took, in forwards that begin from now on."""

@@ -1,8 +1,10 @@
 """Layers that read the same input (query, key and value; gate and up): found, then served together.
 
-Which layers those are is not told by names: one forward is watched for layers that get the very
-same tensor one after the other. From then on the first of them computes for all, and the others
+Which layers those are is told by one forward, which is watched for layers that get the very same
+tensor one after the other. From then on the first of them computes for all, and the others
 take what is ready, if they are called with that tensor. Where one is not, its group is given up.
+In the watched forward itself the layers' names are taken for a hint, so that a training that is
+resumed goes on as one that never stopped: alone, layers round otherwise than together.
 """
 
 from collections.abc import Mapping
@@ -10,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moelora.ops import RoutedOutput
 from moelora.ops.packing import ForwardRows
@@ -20,6 +22,37 @@ _TOP_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", Non
 
 #: Names and layers of a group, by the name of each of its layers.
 InputGroups = Mapping[str, tuple[tuple[str, Any], ...]]
+
+
+#: Names of layers beside each other that mostly read one input, in the order of their calls.
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("to_q", "to_k", "to_v"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+)
+
+
+def expected_groups(base: nn.Module) -> InputGroups:
+    """The groups that the names in a model suggest. A wrong guess costs work in one forward.
+
+    Args:
+        base: the model, its adapted layers bound to it.
+    """
+    groups: dict[str, tuple[tuple[str, Any], ...]] = {}
+    for parent in base.modules():
+        for names in SIBLINGS:
+            layers = [parent._modules.get(name) for name in names]
+            bindings = [(getattr(layer, "_moelora_binding", None), layer) for layer in layers]
+            members = tuple((binding.name, layer) for binding, layer in bindings if binding)
+            if len(members) > 1:
+                groups.update(dict.fromkeys([name for name, _ in members], members))
+    return groups
 
 
 class InputWatch:
@@ -82,7 +115,8 @@ class SharedInputs:
     """What one forward knows of layers with the same input.
 
     Attributes:
-        groups: as they were when the forward began: a block that is recomputed must do the same.
+        groups: as they were when the forward began, or as names suggest: a block that is
+            recomputed must do the same.
         watch: looks for them, where they are not known yet.
         rows: what it packs; a block that is recomputed takes the same.
         ready: results that wait for their layer's call, by its name.
