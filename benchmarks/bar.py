@@ -186,8 +186,9 @@ class Value:
         return self.above / self.below
 
 
-def value_of(aim: Aim, runs: Sequence[dict[str, Any]]) -> Value | None:
-    """An aim's value in the newest run that holds both cases; None if none does."""
+def values_of(aim: Aim, runs: Sequence[dict[str, Any]]) -> list[Value]:
+    """An aim's values in all runs that hold both cases, in the order of the runs."""
+    values = []
     for run in runs:
         found = {
             result["case"]: number(result["metrics"], aim.metric)
@@ -196,5 +197,10 @@ def value_of(aim: Aim, runs: Sequence[dict[str, Any]]) -> Value | None:
         }
         above, below = (found.get(name) for name in aim.cases)
         if above is not None and below:
-            return Value(above, below, run)
-    return None
+            values.append(Value(above, below, run))
+    return values
+
+
+def value_of(aim: Aim, runs: Sequence[dict[str, Any]]) -> Value | None:
+    """An aim's value in the newest run that holds both cases; None if none does."""
+    return next(iter(values_of(aim, runs)), None)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bar import AIMS, Aim, number, value_of
+from benchmarks.bar import AIMS, Aim, number, value_of, values_of
 from benchmarks.baselines import Variant
 from benchmarks.cases import (
     BASE,
@@ -124,20 +124,21 @@ def shown(value: float | None, digits: int = 3) -> str:
 
 
 def bar_table(runs: Sequence[Run]) -> str:
-    """Every aim: to reach, measured, reached or not."""
+    """Every aim: to reach, measured, reached or not; and what earlier runs gave."""
     rows = []
     for aim in AIMS:
         sign = "≥" if aim.at_least else "≤"
-        found = value_of(aim, runs)
-        if found is None:
-            rows.append([aim.figure, f"{sign} {aim.bound:g}", _NOT_MEASURED, "", ""])
+        values = values_of(aim, runs)
+        if not values:
+            rows.append([aim.figure, f"{sign} {aim.bound:g}", _NOT_MEASURED, "", "", ""])
             continue
+        found, *earlier = values
         verdict = "yes" if aim.reached(found.quotient) else "**no**"
         medians = f"{shown(found.above)} / {shown(found.below)} {_unit(aim.metric)}"
-        rows.append(
-            [aim.figure, f"{sign} {aim.bound:g}", f"{found.quotient:.2f}", verdict, medians]
-        )
-    return markdown(["figure", "to reach", "measured", "reached", "medians"], rows)
+        before = ", ".join(f"{value.quotient:.2f}" for value in earlier)
+        bound = f"{sign} {aim.bound:g}"
+        rows.append([aim.figure, bound, f"{found.quotient:.2f}", verdict, medians, before])
+    return markdown(["figure", "to reach", "measured", "reached", "medians", "earlier runs"], rows)
 
 
 def headline_table(runs: Sequence[Run]) -> str:

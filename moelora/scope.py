@@ -230,6 +230,7 @@ class RoutingScope:
         self.known_arguments: frozenset[str] = frozenset()
         self.announced = announced
         self.input_groups: InputGroups | None = None
+        self._expected_groups: InputGroups | None = None
         self.rows = RowsTogether()
         _scopes.add(self)
 
@@ -248,10 +249,12 @@ class RoutingScope:
         Args:
             base: the model.
         """
-        groups = self.input_groups
-        if groups is None:
-            return SharedInputs(expected_groups(base), InputWatch(), self.rows.begin(), {})
-        return SharedInputs(groups, None, self.rows.begin(), {})
+        if self.input_groups is not None:
+            return SharedInputs(self.input_groups, None, self.rows.begin(), {})
+        if self._expected_groups is None:
+            # once: a model in which nothing is routed by its layers is never done with watching
+            self._expected_groups = expected_groups(base)
+        return SharedInputs(self._expected_groups, InputWatch(), self.rows.begin(), {})
 
     def learn(self, inputs: SharedInputs | None) -> None:
         """A forward is over."""

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from moelora import scope
 from moelora.ops import RoutedOutput
-from moelora.shared_input import InputWatch, Ready, conditions_of, without
+from moelora.shared_input import InputWatch, Ready, conditions_of, expected_groups, without
 from tests.interpreter import needs_interpreter
+from tests.lm import mixture, token_ids, two_loras
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -90,3 +93,28 @@ def test_a_ready_result_is_for_the_same_input_under_the_same_conditions() -> Non
         assert not ready.is_for(x)
     x.add_(1)
     assert not ready.is_for(x)
+
+
+def test_names_suggest_the_groups_of_the_first_forward() -> None:
+    model = mixture(target_modules=["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj"])
+    groups = expected_groups(model.get_base_model())
+    assert {name: [member for member, _ in group] for name, group in groups.items()} == {
+        f"model.layers.{number}.{name}": [f"model.layers.{number}.{one}" for one in pair]
+        for number in (0, 1)
+        for pair in (
+            ("self_attn.q_proj", "self_attn.v_proj"),
+            ("mlp.gate_proj", "mlp.up_proj"),
+        )
+        for name in pair
+    }
+
+
+def test_names_are_looked_at_once_also_where_nothing_is_ever_watched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked: list[nn.Module] = []
+    monkeypatch.setattr(scope, "expected_groups", lambda base: looked.append(base) or {})
+    for model in (two_loras(), mixture()):
+        for _ in range(3):
+            model(input_ids=token_ids())
+    assert len(looked) == 2

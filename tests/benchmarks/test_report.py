@@ -93,6 +93,14 @@ def test_cases_of_different_runs_are_not_compared() -> None:
     assert (value.quotient, value.run) == (pytest.approx(0.6), STEP)
 
 
+def test_the_table_of_aims_shows_what_earlier_runs_gave() -> None:
+    newer = run_of(
+        timed(TRAIN_GRAPH, LORA, 100.0), timed(TRAIN_GRAPH, MIXTURE, 70.0), time="2026-02-02T00:00"
+    )
+    line = tables_of([newer, STEP])["bar"].splitlines()[2]
+    assert line.endswith("| ≤ 0.65 | 0.70 | **no** | 70.0 / 100 ms | 0.60 |")
+
+
 def test_a_result_that_was_wrong_counts_nowhere() -> None:
     wrong = result_of(Case(TRAIN_GRAPH, MIXTURE), status="wrong", reason="loss: 1e0")
     run = run_of(timed(TRAIN_GRAPH, LORA, 100.0), wrong)
@@ -105,10 +113,10 @@ def test_the_table_of_aims_says_reached_not_reached_and_not_measured() -> None:
     assert len(lines) == 2 + len(AIMS)
     assert lines[2] == (
         "| training step, 1B, 4096 tokens, CUDA graph / one PEFT LoRA | ≤ 0.65 | 0.60 | yes "
-        "| 60.0 / 100 ms |"
+        "| 60.0 / 100 ms |  |"
     )
     assert (
-        "| training step, 1B, CUDA graph: E = 64 / E = 8 | ≤ 1.2 | 1.50 | **no** | 90.0 / 60.0 ms |"
+        "| training step, 1B, CUDA graph: E = 64 / E = 8 | ≤ 1.2 | 1.50 | **no** | 90.0 / 60.0 ms |  |"
     ) in lines
     assert sum("not measured" in line for line in lines) == len(AIMS) - 3
 
