@@ -115,9 +115,8 @@ def test_the_table_of_aims_says_reached_not_reached_and_not_measured() -> None:
         "| training step, 1B, 4096 tokens, CUDA graph / one PEFT LoRA | ≤ 0.65 | 0.60 | yes "
         "| 60.0 / 100 ms |  |"
     )
-    assert (
-        "| training step, 1B, CUDA graph: E = 64 / E = 8 | ≤ 1.2 | 1.50 | **no** | 90.0 / 60.0 ms |  |"
-    ) in lines
+    missed = "| training step, 1B, CUDA graph: E = 64 / E = 8 | ≤ 1.2 | 1.50 | **no** "
+    assert f"{missed}| 90.0 / 60.0 ms |  |" in lines
     assert sum("not measured" in line for line in lines) == len(AIMS) - 3
 
 
