@@ -91,7 +91,7 @@ test-matrix: test $(LOWEST_VENV)/.installed
 
 $(LOWEST_VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(LOWEST_VENV)
-	grep -Ev '^(torch|triton|numpy|peft|transformers|huggingface_hub|tokenizers)==' constraints.txt > $(LOWEST_VENV)/constraints.txt
+	grep -Ev '^(torch|triton|sympy|numpy|peft|transformers|huggingface_hub|tokenizers)==' constraints.txt > $(LOWEST_VENV)/constraints.txt
 	$(LOWEST_VENV)/bin/python -m pip install --disable-pip-version-check \
 	  -c $(LOWEST_VENV)/constraints.txt $(LOWEST) -e '.[test]'
 	@touch $@
