@@ -42,6 +42,24 @@ def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, *, is_conv1d: b
     return F.linear(x, weight, bias).reshape(-1, weight.shape[0])
 
 
+def base_output(x: Tensor, weight: Tensor, bias: Tensor | None, *, is_conv1d: bool) -> Tensor:
+    """What the frozen layer gives, ``(*batch, d_out)``, contiguous; without gradients only.
+
+    Args:
+        x: ``(*batch, d_in)``.
+        weight: as for :func:`base_product`, and all that follow.
+        bias: as there.
+        is_conv1d: as there.
+
+    Example:
+        >>> base_output(torch.ones(1, 1, 2), torch.ones(3, 2), None, is_conv1d=False)
+        tensor([[[2., 2., 2.]]])
+    """
+    if is_conv1d or not x.is_contiguous():
+        return in_shape(base_product(x, weight, bias, is_conv1d=is_conv1d), x.shape)
+    return F.linear(x, weight, bias)
+
+
 def in_shape(output: Tensor, batch: torch.Size) -> Tensor:
     """``output`` of all tokens in the shape of a layer's input, as a tensor of its own.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from moelora.ops.backend import Choice, explain
 from moelora.ops.options import Member, RoutedOutput, RouterOptions
 from moelora.ops.packing import Packer
-from moelora.ops.products import base_product, in_shape, wide_mm
+from moelora.ops.products import base_output, wide_mm
 from moelora.ops.reference import routed_linear_reference
 from moelora.ops.routed_eager import RoutedLinearsEager, compute
 from moelora.ops.routed_sparse import RoutedLinearsSparse
@@ -313,14 +313,13 @@ def _inference(
     decision: Tensor | None
     if 0 < flat.shape[0] <= DECODE_TOKENS:
         outputs = [
-            base_product(x, member.base_weight, member.bias, is_conv1d=member.is_conv1d)
+            base_output(x, member.base_weight, member.bias, is_conv1d=member.is_conv1d)
             for member in members
         ]
         is_sparse = choice.is_sparse and (first.mature is None or all_mature)
         # the kernels step over tokens only
         flat = flat if flat.stride(1) == 1 else flat.contiguous()
         decision = decode(flat, outputs, members, options, record=record, is_sparse=is_sparse)
-        outputs = [in_shape(output, x.shape) for output in outputs]
     else:
         ranks, d_in = first.lora_a.shape
         sizes = sizes_of(ranks, options.num_experts, d_in, x.dtype, len(members))

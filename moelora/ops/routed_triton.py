@@ -375,7 +375,7 @@ def decode(
 
     Args:
         x: ``(tokens, d_in)``.
-        outputs: ``(tokens, d_out)`` each, what the bases gave.
+        outputs: ``(*batch, d_out)`` each, contiguous, what the bases gave.
         members: the layers.
         options: how the routers decide.
         record: whether the decision is wanted, ``(members, 2, tokens, experts)``.
