@@ -44,7 +44,11 @@ SLOW = frozenset(
         "test_custom_models.py",
         "test_decoder_models.py",
         "test_encoder_decoder_models.py",
+        "test_initialization.py",
         "test_quantization.py",
+        "test_stablediffusion.py",
+        "test_vision_models.py",
+        "test_xlora.py",
     }
 )
 
