@@ -28,6 +28,7 @@ class _Packed(NamedTuple):
     Attributes:
         tensors: A, B and router of each member.
         versions: theirs at that time.
+        sizes: of the rows; parameters may be given other shapes in place.
         rows: what :func:`pack` gave.
         lora_bs: what else it gave.
         stream: on which.
@@ -35,14 +36,16 @@ class _Packed(NamedTuple):
 
     tensors: tuple[Tensor, ...]
     versions: tuple[int, ...]
+    sizes: Sizes
     rows: Tensor
     lora_bs: list[Tensor]
     stream: int | None
 
-    def is_of(self, tensors: tuple[Tensor, ...], x: Tensor) -> bool:
+    def is_of(self, tensors: tuple[Tensor, ...], x: Tensor, sizes: Sizes) -> bool:
         """Whether packing ``tensors`` for ``x``, now, would give the same."""
         return (
             self.rows.dtype is x.dtype
+            and self.sizes.key == sizes.key
             and all(map(_is, tensors, self.tensors))
             and self.versions == _versions(tensors)
             and self.stream == _stream(x)
@@ -94,9 +97,9 @@ class KeptRows:
         if _must_pack_now(x, tensors):
             return pack(x, members, sizes)
         known = self._packed.get(len(members))
-        if known is None or not known.is_of(tensors, x):
+        if known is None or not known.is_of(tensors, x, sizes):
             packed = pack(x, members, sizes)
-            known = _Packed(tensors, _versions(tensors), *packed, _stream(x))
+            known = _Packed(tensors, _versions(tensors), sizes, *packed, _stream(x))
             self._packed[len(members)] = known
         return known.rows, known.lora_bs
 
@@ -119,6 +122,17 @@ class _Request:
     owners: tuple["weakref.ref[Tensor]", ...]
     sizes: Sizes
     b_shapes: tuple[torch.Size, ...]
+
+    def fits(self, group: Sequence[Any]) -> bool:
+        """Whether its parameters are alive and of the shapes they had."""
+        if any(tensor is None for tensor in group):
+            return False
+        sizes = self.sizes
+        return (
+            all(lora_a.shape == (sizes.ranks, sizes.d_in) for lora_a in group[0::3])
+            and all(router.shape == (sizes.experts, sizes.d_in) for router in group[2::3])
+            and tuple([lora_b.shape for lora_b in group[1::3]]) == self.b_shapes
+        )
 
 
 class _Copy(NamedTuple):
@@ -192,13 +206,14 @@ class RowsTogether:
         groups = [tuple([owner() for owner in request.owners]) for request in wanted.values()]
         tensors = [tensor for group in groups for tensor in group if tensor is not None]
         pointers = tuple([tensor.data_ptr() for tensor in tensors])
-        if len(tensors) != sum(map(len, groups)) or 0 in pointers:
-            # an adapter has gone; or its memory has, for a while (sharded)
-            self._wanted = {
-                key: request
-                for (key, request), group in zip(wanted.items(), groups, strict=True)
-                if all(tensor is not None for tensor in group)
-            }
+        fitting = {
+            key: request
+            for (key, request), group in zip(wanted.items(), groups, strict=True)
+            if request.fits(group)
+        }
+        if len(fitting) < len(wanted) or 0 in pointers:
+            # an adapter has gone or grown; or its memory has gone, for a while (sharded)
+            self._wanted = fitting
             return {}
         kind = (x.dtype, tensors[0].dtype, x.device)
         table = self._table
@@ -215,7 +230,8 @@ class RowsTogether:
         ready = {}
         for (key, request), group, place in zip(wanted.items(), groups, table.places, strict=True):
             rows, lora_bs = _views(out, request, group, place)
-            ready[key] = _Packed(group, _versions(group), rows, lora_bs, stream)  # type: ignore[arg-type]
+            versions = _versions(group)  # type: ignore[arg-type]
+            ready[key] = _Packed(group, versions, request.sizes, rows, lora_bs, stream)  # type: ignore[arg-type]
         return ready
 
     def _new_table(
@@ -322,7 +338,7 @@ class ForwardRows:
         if ready is None:
             ready = self._ready = self._together.pack_all(x)
         found = ready.get(key)
-        if found is not None and found.is_of(tensors, x):
+        if found is not None and found.is_of(tensors, x, sizes):
             self._used.add(key)
             return found.rows, found.lora_bs
         if not self._is_over and not _must_pack_now(x, tensors):

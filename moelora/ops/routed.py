@@ -125,10 +125,7 @@ def routed_linears(
         >>> [result.output.item() for result in results]
         [3.0, 1.0]
     """
-    portions: Sequence[Sequence[Member]] = (members,)
-    if choice is None:
-        choice = _choice(x, members[0], options, backend)
-        portions = _portions(members, choice)
+    choice, portions = _checked(x, members, options, backend, choice)
     if choice.backend == "reference":
         return [_reference(x, member, token_mask, options) for member in members]
     found: list[RoutedOutput] = []
@@ -150,6 +147,20 @@ def routed_linears(
         outputs, statistics = results[: len(some)], results[len(some) :]
         found += map(_recorded, outputs, statistics, decisions)
     return found
+
+
+def _checked(
+    x: Tensor,
+    members: Sequence[Member],
+    options: RouterOptions,
+    backend: str,
+    choice: Choice | None,
+) -> tuple[Choice, Sequence[Sequence[Member]]]:
+    """What runs, and on which members at a time; as told, if the caller knows."""
+    if choice is not None:
+        return choice, (members,)
+    choice = _choice(x, members[0], options, backend)
+    return choice, _portions(members, choice)
 
 
 def _portions(members: Sequence[Member], choice: Choice) -> Sequence[Sequence[Member]]:
@@ -280,10 +291,7 @@ def routed_linears_inference(
         BackendError: if ``backend`` is unknown or cannot run here.
         ValueError: if the ranks cannot be split evenly over the experts.
     """
-    portions: Sequence[Sequence[Member]] = (members,)
-    if choice is None:
-        choice = _choice(x, members[0], options, backend)
-        portions = _portions(members, choice)
+    choice, portions = _checked(x, members, options, backend, choice)
     if choice.backend == "reference":
         return [_reference(x, member, None, options) for member in members]
     found: list[RoutedOutput] = []

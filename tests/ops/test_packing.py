@@ -121,6 +121,23 @@ def test_parameters_whose_memory_is_away_are_packed_when_it_is_back(alone: list[
     assert alone == [1]
 
 
+def test_parameters_of_another_shape_are_packed_for_it(alone: list[int]) -> None:
+    together, one = RowsTogether(), layer()
+    forward(together, [one])
+    one.lora_a.data, one.lora_b.data = torch.ones(2 * RANKS, 4), torch.ones(WIDTH, 2 * RANKS)
+    sizes = sizes_of(2 * RANKS, EXPERTS, 4, X.dtype, 1)
+    alone.clear()
+    for packed in (1, 1):
+        rows = together.begin()
+        rows.get(X, [one], sizes)
+        rows.end()
+        assert len(alone) == packed
+    # views of the same memory
+    one.lora_a.data, one.lora_b.data = one.lora_a.data[:RANKS], one.lora_b.data[:, :RANKS].clone()
+    forward(together, [one])
+    assert len(alone) == 2
+
+
 def test_parameters_that_move_every_time_are_packed_alone_in_the_end(alone: list[int]) -> None:
     together, one = RowsTogether(), layer()
     places = []
