@@ -310,9 +310,9 @@ def _token_mask(layer: Any, x: Tensor, frame: Frame | None) -> Tensor | None:
     if frame is None or binding is None:
         return None
     mask = frame.decoder_token_mask if binding.reads_decoder else frame.token_mask
-    lead = _lead(layer, x)
     if mask is None or isinstance(layer, _peft.ConvLayer):
         return None
+    lead = _lead(layer, x)
     if lead == tuple(mask.shape) or (len(lead) == 1 and lead[0] == mask.numel()):
         # a model that is split over devices gets its mask on the first of them
         return mask.reshape(-1).to(x.device)

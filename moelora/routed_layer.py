@@ -87,6 +87,7 @@ class RoutedPlan:
             self.backend,
         )  # fmt: skip
         self.kept = KeptRows() if layer.__dict__.get(KEEPS_ROWS) and self.uses_kernels else None
+        self._member: Member | None = None
         self._maturity: tuple[Tensor, int, bool] | None = None
         self._options: dict[tuple[bool, bool], RouterOptions] = {}
 
@@ -98,12 +99,22 @@ class RoutedPlan:
 
     def holds(self, layer: Any, x: Tensor) -> bool:
         """Whether the layer is still what it was, and ``x`` what it was made for."""
+        return (
+            x.dtype is self.dtype
+            and x.device == self.device
+            and type(x) is Tensor
+            and self._is_still(layer)
+            and not is_traced(x)
+        )
+
+    def holds_like(self, other: "RoutedPlan", layer: Any) -> bool:
+        """The same for the input that ``other`` holds for."""
+        return other.dtype is self.dtype and other.device == self.device and self._is_still(layer)
+
+    def _is_still(self, layer: Any) -> bool:
         modules = layer._modules
         if (
-            x.dtype is not self.dtype
-            or x.device != self.device
-            or type(x) is not Tensor
-            or layer._active_adapter != self.active
+            layer._active_adapter != self.active
             or layer._disable_adapters
             or layer.merged_adapters
             or layer.scaling[self.adapter] != self.scaling
@@ -114,7 +125,7 @@ class RoutedPlan:
             or self.adapter in layer.lora_variant
         ):
             return False
-        return self._parts_are_the_same() and not is_traced(x)
+        return self._parts_are_the_same()
 
     def _parts_are_the_same(self) -> bool:
         adapter, weight, bias = self.adapter, self.weight, self.bias
@@ -151,8 +162,11 @@ class RoutedPlan:
 
     def member(self) -> Member:
         """What the ops are told of this layer."""
-        mature = self.parts[3]._buffers["mature"]
-        return Member(self.weight, self.bias, *self.tensors, mature, self.is_conv1d)
+        mature, known = self.parts[3]._buffers["mature"], self._member
+        if known is None or known.mature is not mature:
+            known = Member(self.weight, self.bias, *self.tensors, mature, self.is_conv1d)
+            self._member = known
+        return known
 
     def compute(
         self,
@@ -227,7 +241,9 @@ class RoutedPlan:
             # a hook before a layer may change what the layer is
             if other.training != layer.training or other._forward_pre_hooks:
                 return others
-            plan = plan_of(other, x)
+            plan: RoutedPlan | None = other.__dict__.get(_PLAN)
+            if plan is None or not plan.holds_like(self, other):
+                plan = plan_of(other, x)
             if plan is None or plan.kind != self.kind:
                 return others
             others.append((name, plan))
@@ -379,8 +395,9 @@ def forget_plan(layer: nn.Module) -> None:
 def _keeps_graph(layer: Any) -> bool:
     """Whether a recorder wants the decision with its graph, which the ops do not give."""
     binding: LayerBinding | None = layer.__dict__.get("_moelora_binding")
-    recorders = () if binding is None else binding.scope.recorders
-    return any(getattr(recorder, "keep_graph", True) for recorder in recorders)
+    if binding is None or not binding.scope.recorders:
+        return False
+    return any(getattr(recorder, "keep_graph", True) for recorder in binding.scope.recorders)
 
 
 def _new_plan(layer: Any, x: Tensor) -> RoutedPlan | None:

@@ -1,5 +1,6 @@
 """Packed rows made less often than by each layer in each forward: kept, or made for all at once."""
 
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -46,14 +47,10 @@ class _Packed(NamedTuple):
         return (
             self.rows.dtype is x.dtype
             and self.sizes.key == sizes.key
-            and all(map(_is, tensors, self.tensors))
+            and all(map(operator.is_, tensors, self.tensors))
             and self.versions == _versions(tensors)
             and self.stream == _stream(x)
         )
-
-
-def _is(first: Any, second: Any) -> bool:
-    return first is second
 
 
 def _versions(tensors: Sequence[Tensor]) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ def wide_mm(a: Tensor, b: Tensor) -> Tensor:
         tensor([[2.]])
     """
     if a.dtype not in (torch.bfloat16, torch.float16):
-        return a @ b
+        return torch.mm(a, b)
     if a.is_cuda and _HAS_OUT_DTYPE:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
@@ -107,15 +107,39 @@ def with_update(
         >>> with_update(x, x[0], torch.ones(1, 2), None, one, 3 * one, is_conv1d=False)
         tensor([[[5.]]])
     """
-    if flat.is_cuda and update_first(weight, bias, is_conv1d=is_conv1d):
-        output = (ranks @ lora_b.t()).addmm_(flat, weight.t())
-    elif bias is None and not is_conv1d and x.is_contiguous():
-        output = F.linear(x, weight)
-        output.view(-1, weight.shape[0]).addmm_(ranks, lora_b.t())
-        return output
-    else:
+    if bias is not None or is_conv1d or not (flat.is_cuda or x.is_contiguous()):
         output = base_product(flat, weight, bias, is_conv1d=is_conv1d).addmm_(ranks, lora_b.t())
-    return in_shape(output, x.shape)
+        return in_shape(output, x.shape)
+    if flat.is_cuda:
+        return two_products(flat, weight, ranks, lora_b, x.shape)
+    output = F.linear(x, weight)
+    output.view(-1, weight.shape[0]).addmm_(ranks, lora_b.t())
+    return output
+
+
+def two_products(
+    flat: Tensor, weight: Tensor, ranks: Tensor, lora_b: Tensor, batch: torch.Size
+) -> Tensor:
+    """:func:`with_update` of a plain linear layer, in as few calls as there are.
+
+    Args:
+        flat: as there, and all that follow.
+        weight: as there.
+        ranks: as there.
+        lora_b: as there.
+        batch: the shape of ``x``.
+
+    Example:
+        >>> one = torch.ones(1, 1)
+        >>> two_products(one, one, one, 2 * one, torch.Size([1, 1, 1]))
+        tensor([[[3.]]])
+    """
+    if update_first(weight, None, is_conv1d=False):
+        output = torch.mm(ranks, lora_b.t()).addmm_(flat, weight.t())
+    else:
+        output = torch.mm(flat, weight.t()).addmm_(ranks, lora_b.t())
+    # changes the tensor itself: a view may not be returned, see in_shape
+    return output.resize_(*batch[:-1], weight.shape[0])
 
 
 def update_first(weight: Tensor, bias: Tensor | None, *, is_conv1d: bool) -> bool:
@@ -139,4 +163,4 @@ def base_gradient(grad: Tensor, weight: Tensor, *, is_conv1d: bool) -> Tensor:
         >>> base_gradient(torch.ones(1, 3), torch.ones(3, 2), is_conv1d=False)
         tensor([[3., 3.]])
     """
-    return grad @ (weight.t() if is_conv1d else weight)
+    return torch.mm(grad, weight.t() if is_conv1d else weight)

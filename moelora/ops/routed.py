@@ -142,8 +142,8 @@ def routed_linears(
         op = RoutedLinearsSparse
     for some in portions:
         tensors = [tensor for member in some for tensor in member[2:5]]
-        *results, decision = op.apply(x, token_mask, some, options, packer, *tensors)
-        decisions = decision.unbind() if record else [None] * len(some)
+        *results, decision = op.apply(x, token_mask, some, options, packer, record, *tensors)
+        decisions = [None] * len(some) if decision is None else decision.unbind()
         outputs, statistics = results[: len(some)], results[len(some) :]
         found += map(_recorded, outputs, statistics, decisions)
     return found

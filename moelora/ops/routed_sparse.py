@@ -16,11 +16,13 @@ from moelora.ops.options import Member, RouterOptions
 from moelora.ops.products import wide_mm
 from moelora.ops.routed_triton import (
     BLOCK_M,
+    FIRST_TENSOR,
     Sizes,
     input_gradient,
     launchers,
     outputs_of,
     pack,
+    results_of,
     route,
     route_backward,
     sizes_of,
@@ -41,6 +43,7 @@ class RoutedLinearsSparse(torch.autograd.Function):
         members: Sequence[Member],
         options: RouterOptions,
         _packer: Any,
+        record: bool,  # noqa: FBT001 - apply() takes no keywords
         *_tensors: Tensor,
     ) -> tuple[Tensor | None, ...]:
         """Forward."""
@@ -72,11 +75,7 @@ class RoutedLinearsSparse(torch.autograd.Function):
             *(m.base_weight for m in members), *(m.lora_a for m in members),
             *(m.router for m in members),
         )  # fmt: skip
-        ctx.mark_non_differentiable(decision)
-        each: Sequence[Tensor | None] = [None] * number
-        if statistics is not None:
-            each = statistics.unbind()
-        return (*outputs, *each, decision)
+        return results_of(ctx, outputs, statistics, decision if record else None)
 
     @staticmethod
     @first_order
@@ -92,13 +91,17 @@ class RoutedLinearsSparse(torch.autograd.Function):
             grad.contiguous()
             for grad in output_gradients(gradients, lora_bs, x)
         ]
-        results: list[Tensor | None] = [None] * (5 + 3 * number)
-        for index, (grad, compact) in enumerate(zip(grads, compacts, strict=True)):
-            if needs[5 + 3 * index + 1]:
+        results: list[Tensor | None] = [None] * (FIRST_TENSOR + 3 * number)
+        places = range(FIRST_TENSOR, len(results), 3)
+        for index, place in enumerate(places):
+            if needs[place + 1]:
                 grad_b = torch.empty_like(lora_bs[index], dtype=ctx.dtypes[1])
-                _outer(grad, compact, slots[index], grad_b, sizes, strides=(1, sizes.ranks))
-                results[5 + 3 * index + 1] = grad_b
-        needs_rows = any(needs[5 + 3 * i] or needs[5 + 3 * i + 2] for i in range(number))
+                _outer(
+                    grads[index], compacts[index], slots[index], grad_b, sizes,
+                    strides=(1, sizes.ranks),
+                )  # fmt: skip
+                results[place + 1] = grad_b
+        needs_rows = any(needs[FIRST_TENSOR::3]) or any(needs[FIRST_TENSOR + 2 :: 3])
         if not (needs[0] or needs_rows):
             return tuple(results)
         grad_z = x.new_zeros(x.shape[0], sizes.grad_columns)
@@ -115,12 +118,14 @@ class RoutedLinearsSparse(torch.autograd.Function):
         route_backward(shares.unbind(), saved, pulls, ctx.options, sizes, grad_z=grad_z)
         if needs_rows:
             grad_routers = wide_mm(grad_z[:, sizes.first_score :].t(), x)
-            for index, grad_compact in enumerate(grad_compacts):
+            for index, place in enumerate(places):
                 grad_a = torch.empty_like(lora_as[index])
-                _outer(x, grad_compact, slots[index], grad_a, sizes, strides=(sizes.d_in, 1))
-                results[5 + 3 * index] = grad_a
+                _outer(
+                    x, grad_compacts[index], slots[index], grad_a, sizes, strides=(sizes.d_in, 1)
+                )
+                results[place] = grad_a
                 own = grad_routers[index * sizes.padded_experts :][: sizes.experts]
-                results[5 + 3 * index + 2] = in_dtype(own, ctx.dtypes[2], sizes.experts)
+                results[place + 2] = in_dtype(own, ctx.dtypes[2], sizes.experts)
         if needs[0]:
             parts = zip(weights, lora_as, lora_bs, routers, strict=True)
             members = [Member(weight, None, a, b, router) for weight, a, b, router in parts]

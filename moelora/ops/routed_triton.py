@@ -21,6 +21,8 @@ from moelora.ops.products import base_gradient, update_first, wide_mm, with_upda
 BLOCK_M = 32
 #: Layers that may share one input's work: the kernels take so many pointers.
 MAX_MEMBERS = 3
+#: Where A, B and router of the first member stand among the arguments of the autograd functions.
+FIRST_TENSOR = 6
 
 
 class Sizes:
@@ -48,6 +50,8 @@ class Sizes:
         self.block = 1024
         self.row_programs = self.rows * -(-d_in // self.block)
         self.backward_tokens = max(1, 4096 // (self.experts_block * max(1, self.rank_block)))
+        self.ranks_block = min(128, _power_of_two(max(8, self.padded_ranks)))
+        self.sums_block = max(1, min(64, 4096 // self.experts_block))
         self.key = (ranks, experts, d_in, members, is_split)
 
     def tokens_block(self, tokens: int) -> int:
@@ -167,8 +171,8 @@ def route(
             0 if slots is None else slots.stride(0), blocks, inverse,
             0.0 if capacity is None else capacity * options.top_k / experts, options.scaling,
             options.top_k, block_e, sizes.splits, has_mask, has_mature, has_capacity,
-            has_statistics, block_t, min(128, _power_of_two(max(8, sizes.padded_ranks))),
-            max(1, min(64, 4096 // block_e)), 0 if slots is None else BLOCK_M, members,
+            has_statistics, block_t, sizes.ranks_block, sizes.sums_block,
+            0 if slots is None else BLOCK_M, members,
         ),
     )  # fmt: skip
     return decision, mixed, statistics
@@ -249,7 +253,7 @@ def input_gradient(
     """
     weights = [w.t() if is_conv1d else w for w, is_conv1d in zip(weights, are_conv1d, strict=True)]
     if grads[0].is_cuda and update_first(weights[0].t(), None, is_conv1d=False):
-        total = grad_z @ rows
+        total = torch.mm(grad_z, rows)
         for grad, weight in zip(grads, weights, strict=True):
             total.addmm_(grad, weight)
         return total
@@ -259,12 +263,24 @@ def input_gradient(
     return total.addmm_(grad_z, rows)
 
 
+def results_of(
+    ctx: Any, outputs: Sequence[Tensor], statistics: Tensor | None, decision: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """What an autograd function returns: all outputs, all statistics, and the decision."""
+    each: Sequence[Tensor | None] = [None] * len(outputs)
+    if statistics is not None:
+        each = statistics.unbind()
+    if decision is not None:
+        ctx.mark_non_differentiable(decision)
+    return (*outputs, *each, decision)
+
+
 class RoutedLinears(torch.autograd.Function):
     """See :func:`moelora.ops.routed.routed_linears`.
 
     The tensors are A, B and router of one member after the other, those that may have gradients;
     ``packer`` is :func:`pack` or does the same. The results are all outputs, all statistics (or
-    None), and the decisions.
+    None), and the decisions (None unless ``record``).
     """
 
     @staticmethod
@@ -275,6 +291,7 @@ class RoutedLinears(torch.autograd.Function):
         members: Sequence[Member],
         options: RouterOptions,
         packer: Callable[..., tuple[Tensor, list[Tensor]]],
+        record: bool,  # noqa: FBT001 - apply() takes no keywords
         *_tensors: Tensor,
     ) -> tuple[Tensor | None, ...]:
         """Forward."""
@@ -296,11 +313,7 @@ class RoutedLinears(torch.autograd.Function):
         ctx.save_for_backward(
             flat, rows, mixed, decision, token_mask, statistics, *weights, *lora_bs
         )
-        ctx.mark_non_differentiable(decision)
-        each: Sequence[Tensor | None] = [None] * len(members)
-        if statistics is not None:
-            each = statistics.unbind()
-        return (*outputs, *each, decision)
+        return results_of(ctx, outputs, statistics, decision if record else None)
 
     @staticmethod
     @first_order
@@ -311,12 +324,13 @@ class RoutedLinears(torch.autograd.Function):
         saved, weights, lora_bs = rest[:4], rest[4 : 4 + number], rest[4 + number :]
         needs = ctx.needs_input_grad
         grads = output_gradients(gradients, lora_bs, x)
-        results: list[Tensor | None] = [None] * (5 + 3 * number)
-        for index, (grad, mixed) in enumerate(zip(grads, saved[0], strict=True)):
-            if needs[5 + 3 * index + 1]:
+        results: list[Tensor | None] = [None] * (FIRST_TENSOR + 3 * number)
+        places = range(FIRST_TENSOR, len(results), 3)
+        for place, grad, mixed in zip(places, grads, saved[0].unbind(), strict=True):
+            if needs[place + 1]:
                 grad_b = wide_mm(grad.t(), mixed)
-                results[5 + 3 * index + 1] = in_dtype(grad_b, ctx.dtypes[1], grad_b.shape[0])
-        needs_rows = any(needs[5 + 3 * i] or needs[5 + 3 * i + 2] for i in range(number))
+                results[place + 1] = in_dtype(grad_b, ctx.dtypes[1], grad_b.shape[0])
+        needs_rows = any(needs[FIRST_TENSOR::3]) or any(needs[FIRST_TENSOR + 2 :: 3])
         if not (needs[0] or needs_rows):
             return tuple(results)
         grad_mixed = [wide_mm(grad, lora_b) for grad, lora_b in zip(grads, lora_bs, strict=True)]
@@ -325,10 +339,11 @@ class RoutedLinears(torch.autograd.Function):
         )
         if needs_rows:
             parts = wide_mm(grad_z.t(), x).split_with_sizes(sizes.parts)
-            for index in range(number):
-                grad_a, grad_router = parts[index], parts[number + index]
-                results[5 + 3 * index] = in_dtype(grad_a, ctx.dtypes[0], sizes.ranks)
-                results[5 + 3 * index + 2] = in_dtype(grad_router, ctx.dtypes[2], sizes.experts)
+            for place, grad_a, grad_router in zip(
+                places, parts[:number], parts[number:], strict=True
+            ):
+                results[place] = in_dtype(grad_a, ctx.dtypes[0], sizes.ranks)
+                results[place + 2] = in_dtype(grad_router, ctx.dtypes[2], sizes.experts)
         if needs[0]:
             # the leading bits of the router's rows are all that the dtype of x can hold
             used = rows[: sizes.grad_columns]
@@ -342,7 +357,7 @@ def outputs_of(
     x: Tensor,
     flat: Tensor,
     members: Sequence[Member],
-    mixed: Tensor | Sequence[Tensor],
+    mixed: Tensor,
     lora_bs: Sequence[Tensor],
 ) -> list[Tensor]:
     """Each member's output, of the shape of the input but for its last axis.
@@ -351,14 +366,14 @@ def outputs_of(
         x: ``(*batch, d_in)``.
         flat: the same, ``(tokens, d_in)``.
         members: the layers.
-        mixed: each layer's scaled ranks, ``(tokens, ranks)``.
+        mixed: ``(members, tokens, ranks)``, scaled.
         lora_bs: each layer's B in the dtype of the input.
     """
     return [
         with_update(
             x, flat, member.base_weight, member.bias, ranks, lora_b, is_conv1d=member.is_conv1d
         )
-        for member, ranks, lora_b in zip(members, mixed, lora_bs, strict=True)
+        for member, ranks, lora_b in zip(members, mixed.unbind(), lora_bs, strict=True)
     ]
 
 
