@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,14 +17,29 @@ from benchmarks.timing import Step
 _MIB = 2**20
 
 
-def peak_above_weights(step: Step, model: nn.Module, device: torch.device) -> dict[str, float]:
+def is_counted(device: torch.device) -> bool:
+    """Whether the device has an allocator that tells what it has handed out."""
+    return device.type == "cuda"
+
+
+def peak_above_weights(
+    step: Step, model: nn.Module, device: torch.device, *, others: int = 0
+) -> dict[str, float]:
     """MiB: the weights, and the most that a step had allocated beyond them.
 
     Weights are all parameters and buffers, so copies of them that a variant keeps count as its own
     need, and gradients too. Empty on the CPU, where nobody counts.
+
+    Args:
+        step: what to run; it is run once before, so that what it keeps for good is there.
+        model: whose weights are taken off.
+        device: where.
+        others: bytes that other variants over the same base hold, which are taken off too.
     """
-    if device.type != "cuda":
+    if not is_counted(device):
         return {}
+    step.prepare()
+    step.run()
     step.prepare()
     gc.collect()
     torch.cuda.empty_cache()
@@ -32,8 +48,45 @@ def peak_above_weights(step: Step, model: nn.Module, device: torch.device) -> di
     step.run()
     torch.cuda.synchronize(device)
     weights = unique_bytes(model)
-    peak = torch.cuda.max_memory_allocated(device)
+    peak = torch.cuda.max_memory_allocated(device) - others
     return {"weights_mib": weights / _MIB, "peak_mib": (peak - weights) / _MIB}
+
+
+@dataclass
+class Neighbours:
+    """Counts what the variants of a group hold that were built before the next one.
+
+    Ask before each variant is built, first when only the base model is there.
+
+    Attributes:
+        device: where.
+        floor: bytes that no variant answers for: the base model, and the libraries' workspaces.
+    """
+
+    device: torch.device
+    floor: int | None = None
+
+    def held(self) -> int:
+        """Bytes allocated now, less those at the first call; 0 on the CPU."""
+        if not is_counted(self.device):
+            return 0
+        if self.floor is None:
+            wake_libraries(self.device)
+        gc.collect()
+        torch.cuda.synchronize(self.device)
+        now = torch.cuda.memory_allocated(self.device)
+        if self.floor is None:
+            self.floor = now
+        return now - self.floor
+
+
+def wake_libraries(device: torch.device) -> None:
+    """Let the matrix products of both threads, forward and backward, take their workspaces.
+
+    They keep them for good: taken by the first variant, they would count as held by it.
+    """
+    x = torch.ones(64, 64, device=device, requires_grad=True)
+    (x @ x).sum().backward()
 
 
 def live_tensors() -> tuple[int, int]:

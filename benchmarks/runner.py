@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
 import time
 import traceback
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,15 +16,21 @@ from typing import Any
 import torch
 
 from benchmarks.baselines import Built
-from benchmarks.cases import COMPILED, Case, Conditions, groups_of
+from benchmarks.cases import COMPILED, Case, groups_of
 from benchmarks.correctness import WrongResultError, check, expected_of
 from benchmarks.hosttime import measure_host, measure_launches
-from benchmarks.memory import growth, peak_above_weights, refuse_growth
+from benchmarks.memory import (
+    Neighbours,
+    growth,
+    is_counted,
+    peak_above_weights,
+    refuse_growth,
+)
 from benchmarks.ops import measure_op
 from benchmarks.roofline import Ceilings, measure_ceilings
 from benchmarks.shapes import DTYPES, BaseModels
 from benchmarks.steps import build_for, make_step
-from benchmarks.timing import Effort, Step, kernel_profile, time_steps
+from benchmarks.timing import Effort, Step, kernel_profile, release, time_steps
 
 FORMAT = 1
 
@@ -73,7 +77,7 @@ class Runner:
         """Measure ``cases``; yields each result as soon as it is there."""
         for conditions, members in groups_of(cases).items():
             if conditions.in_turns:
-                yield from self._group_in_turns(conditions, members)
+                yield from self._group_in_turns(members)
             else:
                 for case in members:
                     yield self._outcome(case)
@@ -86,16 +90,8 @@ class Runner:
         result["took_s"] = round(self.elapsed - began, 2)
         if case.conditions.mode in COMPILED:
             torch.compiler.reset()
-        self.tidy()
+        release(self.device)
         return result
-
-    def tidy(self) -> None:
-        """Free what the last case held."""
-        gc.collect()
-        if self.device.type == "cuda":
-            with suppress(RuntimeError):
-                torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()
 
     def ceilings(self, dtype: str) -> Ceilings:
         """The machine's ceilings for a dtype, measured once."""
@@ -122,14 +118,11 @@ class Runner:
         return self._model(case, built)
 
     def _model(self, case: Case, built: Built) -> dict[str, Any]:
-        """Check, time, then look at memory; the kernels come when every case has been timed."""
+        """Look at memory, check, then time; the kernels come when every case has been timed."""
         memory = self._eager_peak(case, built)
         errors, step = self._checked(case, built)
         (metrics,) = time_steps([step], self.device, self.effort)
-        found: dict[str, Any] = {**metrics, **memory}
-        if case.conditions.mode == "eager":
-            found.update(peak_above_weights(step, built.model, self.device))
-        return {"metrics": found, "errors": errors}
+        return {"metrics": {**metrics, **memory}, "errors": errors}
 
     def look_at_kernels(self, case: Case) -> dict[str, Any]:
         """What a case that was timed does on the device: ``metrics``, and ``kernels`` if asked for.
@@ -151,11 +144,9 @@ class Runner:
 
     def _eager_peak(self, case: Case, built: Built) -> dict[str, float]:
         """The peak of a step that will be recorded: a recorded one keeps its memory."""
-        if case.conditions.mode == "eager" or self.device.type != "cuda":
+        if not is_counted(self.device):
             return {}
         step = make_step(built, replace(case.conditions, mode="eager"))
-        step.prepare()
-        step.run()
         found = peak_above_weights(step, built.model, self.device)
         step.prepare()
         return found
@@ -177,33 +168,49 @@ class Runner:
         refuse_growth(metrics)
         return {"metrics": metrics, "errors": errors}
 
-    def _group_in_turns(
-        self, conditions: Conditions, members: Sequence[Case]
-    ) -> Iterable[dict[str, Any]]:
+    def _group_in_turns(self, members: Sequence[Case]) -> Iterable[dict[str, Any]]:
         """All variants of a group alive together, timed in turns."""
         results: dict[Case, dict[str, Any]] = {}
         steps: dict[Case, Step] = {}
+        neighbours = Neighbours(self.device)
         for case in members:
             if self.elapsed > self.seconds:
                 results[case] = result_of(case, status="skipped", reason="no time left")
                 continue
-
-            def prepared(case: Case = case) -> dict[str, Any]:
-                errors, steps[case] = self._checked(
-                    case, build_for(conditions, case.variant, self.bases)
-                )
-                return {"errors": errors}
-
-            results[case] = guarded(case, prepared)
+            results[case] = guarded(case, partial(self._join, case, steps, neighbours))
+            # the next one is built beside what this one keeps, not beside what its check took
+            release(self.device)
             tell(f"[{self.elapsed:6.1f} s] {case.name}: checked, {results[case]['status']}")
-        runnable = [case for case in members if results[case]["status"] == "ok"]
-        effort = replace(self.effort, seconds=self.effort.seconds * max(1, len(runnable)))
-        timed = time_steps([steps[case] for case in runnable], self.device, effort)
-        for case, metrics in zip(runnable, timed, strict=True):
-            results[case]["metrics"] = metrics
+        self._time_in_turns(steps, results)
         steps.clear()
-        self.tidy()
+        release(self.device)
         yield from results.values()
+
+    def _join(self, case: Case, steps: dict[Case, Step], neighbours: Neighbours) -> dict[str, Any]:
+        """Build a variant beside those in ``steps``, check it, look at its memory, add it."""
+        conditions = case.conditions
+        self.bases.of(conditions.shape, conditions.dtype)
+        others = neighbours.held()
+        built = build_for(conditions, case.variant, self.bases)
+        errors, step = self._checked(case, built)
+        memory = peak_above_weights(step, built.model, self.device, others=others)
+        # idle from here on: without gradients
+        step.prepare()
+        steps[case] = step
+        return {"metrics": memory, "errors": errors}
+
+    def _time_in_turns(self, steps: dict[Case, Step], results: dict[Case, dict[str, Any]]) -> None:
+        """Add times to the results of ``steps``; one that fails now has no result any more."""
+        cases = list(steps)
+
+        def lost(index: int, error: Exception) -> None:
+            results[cases[index]] = outcome_of(cases[index], error)
+
+        effort = replace(self.effort, seconds=self.effort.seconds * max(1, len(cases)))
+        timed = time_steps(list(steps.values()), self.device, effort, on_error=lost)
+        for case, metrics in zip(cases, timed, strict=True):
+            if results[case]["status"] == "ok":
+                results[case]["metrics"] = {**metrics, **results[case]["metrics"]}
 
 
 def result_of(case: Case, **fields: Any) -> dict[str, Any]:
@@ -212,7 +219,7 @@ def result_of(case: Case, **fields: Any) -> dict[str, Any]:
         "case": case.name,
         "group": case.conditions.name,
         "variant": case.variant.name,
-        "conditions": asdict(case.conditions),
+        "conditions": {**asdict(case.conditions), "in_turns": case.conditions.in_turns},
         "sizes": asdict(case.variant),
         **fields,
     }
@@ -222,14 +229,19 @@ def guarded(case: Case, measure: Any) -> dict[str, Any]:
     """A result, whatever happens: a case that cannot run must not take the others with it."""
     try:
         return result_of(case, status="ok", **measure())
-    except WrongResultError as error:
-        return result_of(case, status="wrong", reason=str(error))
-    except torch.OutOfMemoryError as error:
-        return result_of(case, status="out of memory", reason=_first_line(error))
     except Exception as error:  # noqa: BLE001 - becomes a result that says so
-        if os.environ.get("BENCHMARKS_TRACEBACK"):
-            traceback.print_exc()
-        return result_of(case, status="failed", reason=_first_line(error))
+        return outcome_of(case, error)
+
+
+def outcome_of(case: Case, error: Exception) -> dict[str, Any]:
+    """What is said of a case that ended with an error; keeps nothing of the error itself."""
+    if isinstance(error, WrongResultError):
+        return result_of(case, status="wrong", reason=str(error))
+    if isinstance(error, torch.OutOfMemoryError):
+        return result_of(case, status="out of memory", reason=_first_line(error))
+    if os.environ.get("BENCHMARKS_TRACEBACK"):
+        traceback.print_exception(error)
+    return result_of(case, status="failed", reason=_first_line(error))
 
 
 def _first_line(error: BaseException) -> str:
@@ -267,7 +279,7 @@ def run_and_write(
             continue
         case = of_name[result["case"]]
         seen = guarded(case, partial(runner.look_at_kernels, case))
-        runner.tidy()
+        release(runner.device)
         if seen["status"] != "ok":
             tell(f"{case.name}: its kernels could not be looked at: {seen['reason']}")
             continue

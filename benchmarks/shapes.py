@@ -165,16 +165,19 @@ class BaseModels:
     _key: tuple[str, str] | None = None
     _model: PreTrainedModel | None = field(default=None, repr=False)
 
+    def of(self, shape: str, dtype: str) -> PreTrainedModel:
+        """The model whose tensors all its copies share."""
+        if self._key == (shape, dtype) and self._model is not None:
+            return self._model
+        # free the last one first: two may not fit
+        self._key = self._model = None
+        self._model = SHAPES[shape].build(device=self.device, dtype=DTYPES[dtype])
+        self._key = (shape, dtype)
+        return self._model
+
     def copy_of(self, shape: str, dtype: str) -> PreTrainedModel:
         """New modules that share their tensors with all other copies of this model."""
-        if self._key != (shape, dtype):
-            # free the last one first: two may not fit
-            self._model = None
-            self._model = SHAPES[shape].build(device=self.device, dtype=DTYPES[dtype])
-            self._key = (shape, dtype)
-        model = self._model
-        if model is None:
-            raise RuntimeError(f"The model {shape} was not built.")
+        model = self.of(shape, dtype)
         shared: dict[int, Any] = {id(t): t for t in chain(model.parameters(), model.buffers())}
         return copy.deepcopy(model, shared)
 

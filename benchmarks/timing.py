@@ -6,6 +6,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 QUANTILES = (20, 50, 80)
 #: Written between two runs of an op, so that its inputs come from memory: five times an H100's L2.
 _FLUSH_BYTES = 256 * 2**20
+OnError = Callable[[int, Exception], None]
 
 
 def do_nothing() -> None:
@@ -110,6 +112,12 @@ class Samples:
     host: list[float]
     events: list[float]
 
+    def add(self, other: Samples) -> None:
+        """Take over another's samples."""
+        self.wall += other.wall
+        self.host += other.host
+        self.events += other.events
+
     def metrics(self) -> dict[str, dict[str, float]]:
         """Their quantiles by metric name."""
         found = {"wall_ms": self.wall, "host_ms": self.host, "events_ms": self.events}
@@ -141,27 +149,111 @@ def time_once(step: Step, device: torch.device, samples: Samples) -> None:
         samples.events.append(start.elapsed_time(end) / step.repeats)
 
 
+def segments(device: torch.device) -> int:
+    """How often the allocator has asked the driver for memory; 0 on the CPU."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.memory_stats(device).get("segment.all.allocated", 0))
+
+
+def sample(step: Step, device: torch.device, flusher: Callable[[], None]) -> Samples:
+    """One run; another one instead of it if the allocator had to ask the driver for memory.
+
+    Asking is slow, and a step that runs alone does so in its first runs only. In turns it has to
+    again where a large neighbour has taken all memory that was left.
+    """
+    for _ in range(2):
+        found = Samples([], [], [])
+        before = segments(device)
+        flusher()
+        time_once(step, device, found)
+        if segments(device) == before:
+            break
+    return found
+
+
+@dataclass
+class _Turns:
+    """The steps that still take part.
+
+    Attributes:
+        running: by their place.
+        device: where they run.
+        on_error: told which step failed and why; without it the error is raised.
+    """
+
+    running: dict[int, Step]
+    device: torch.device
+    on_error: OnError | None
+
+    def each(self, act: Callable[[int, Step], None]) -> None:
+        """Let every step have its turn; one that fails leaves."""
+        for index, step in list(self.running.items()):
+            if not self._succeeds(index, step, act):
+                del self.running[index]
+                # not before the error is gone: it holds all that the failed run had made
+                with suppress(RuntimeError):
+                    step.prepare()
+                release(self.device)
+
+    def _succeeds(self, index: int, step: Step, act: Callable[[int, Step], None]) -> bool:
+        try:
+            act(index, step)
+            # while the others run it holds no gradients
+            step.prepare()
+        except Exception as error:
+            if self.on_error is None:
+                raise
+            self.on_error(index, error)
+            return False
+        return True
+
+
+def release(device: torch.device) -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        # after an error of the device neither works, and the next case says so
+        with suppress(RuntimeError):
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+
+
 def time_steps(
-    steps: Sequence[Step], device: torch.device, effort: Effort, *, flush: bool = False
+    steps: Sequence[Step],
+    device: torch.device,
+    effort: Effort,
+    *,
+    flush: bool = False,
+    on_error: OnError | None = None,
 ) -> list[dict[str, dict[str, float]]]:
     """Time several steps in turns, so that what disturbs the machine disturbs all of them.
+
+    All take part in every round, however long each takes: numbers that are compared come from the
+    same stretch of time. So a slow one costs the others samples, down to ``effort.least``.
 
     Args:
         steps: what to time; each is warmed up first.
         device: where they run.
-        effort: how long.
+        effort: how long, all steps together.
         flush: overwrite the GPU's cache before each run.
+        on_error: called with the place of a step that fails, and its error; the others go on.
 
     Returns:
         The metrics of each step.
     """
     flusher = L2Flush(device) if flush else do_nothing
-    for step in steps:
+    turns = _Turns(dict(enumerate(steps)), device, on_error)
+    samples = [Samples([], [], []) for _ in steps]
+
+    def warm_up(_: int, step: Step) -> None:
         for _ in range(effort.warmup):
             step.prepare()
             step.run()
-    synchronize(device)
-    samples = [Samples([], [], []) for _ in steps]
+        # what a run launched may fail later than it returns
+        synchronize(device)
+
+    turns.each(warm_up)
     began = time.perf_counter()
     # the collector stays on, as in real training, but need not look at the models each time
     gc.collect()
@@ -170,9 +262,7 @@ def time_steps(
         for count in range(effort.most):
             if count >= effort.least and time.perf_counter() - began > effort.seconds:
                 break
-            for step, found in zip(steps, samples, strict=True):
-                flusher()
-                time_once(step, device, found)
+            turns.each(lambda index, step: samples[index].add(sample(step, device, flusher)))
     finally:
         gc.unfreeze()
     return [found.metrics() for found in samples]

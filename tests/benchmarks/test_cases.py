@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -64,6 +65,14 @@ def test_every_group_of_models_has_the_frozen_base_to_compare_with() -> None:
         for conditions, cases in groups_of(cases_of(suite)).items():
             kinds = {case.variant.kind for case in cases}
             assert "base" in kinds or conditions.optimizer, conditions.name
+
+
+def test_what_the_host_launches_is_timed_in_turns() -> None:
+    conditions = Conditions("train", "tiny", 1, 8)
+    assert conditions.in_turns
+    assert Conditions("generate", "tiny", 1, 8, checkpointing="reentrant").in_turns
+    assert not any(replace(conditions, mode=mode).in_turns for mode in MODES if mode != "eager")
+    assert not any(replace(conditions, kind=kind).in_turns for kind in ("host", "op", "leak"))
 
 
 def test_filters_are_parts_of_names_or_patterns() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +15,18 @@ from torch import Tensor
 
 import benchmarks.baselines as baselines
 import benchmarks.ops as ops
-from benchmarks.cases import BASE, LORA, MIXTURE, Case, Conditions, cases_of, groups_of
+from benchmarks.cases import BASE, LORA, MIXTURE, Case, Conditions, cases_of, groups_of, mixture
+from benchmarks.memory import live_tensors
 from benchmarks.runner import Runner, line_of, run_and_write
 from benchmarks.shapes import SHAPES, BaseModels, unique_bytes
-from benchmarks.timing import Effort
+from benchmarks.steps import build_for
+from benchmarks.timing import Effort, Step, time_steps
 
 CPU = torch.device("cpu")
 EFFORT = Effort(warmup=1, least=1, most=2, seconds=0.0)
 GROUPS = groups_of(cases_of("tiny"))
 TRAIN = Conditions("train", "tiny", 2, 8, dtype="fp32")
+LEAK = Conditions("leak", "tiny", 2, 8, dtype="fp32")
 
 
 def run(*cases: Case, **options: Any) -> list[dict[str, Any]]:
@@ -95,8 +101,7 @@ def test_a_step_that_keeps_a_tensor_each_time_is_a_leak(monkeypatch: pytest.Monk
         return right(layer, x, *args, **kwargs)
 
     monkeypatch.setattr(baselines, "loop_forward", hoarding)
-    leak = Conditions("leak", "tiny", 2, 8, dtype="fp32")
-    (result,) = run(Case(leak, baselines.Variant("loop", 3, 2, 4)))
+    (result,) = run(Case(LEAK, baselines.Variant("loop", 3, 2, 4)))
     assert result["status"] == "wrong"
     assert "126 tensors more are alive after 10 steps" in result["reason"]
 
@@ -109,60 +114,155 @@ def test_a_case_that_cannot_run_does_not_take_the_others_with_it() -> None:
 
 
 def test_without_time_left_cases_are_skipped_and_said_to_be() -> None:
-    turns = Conditions("train", "tiny", 2, 8, dtype="fp32", in_turns=True)
-    results = run(Case(TRAIN, BASE), Case(turns, LORA), seconds=-1.0)
+    results = run(Case(LEAK, BASE), Case(TRAIN, LORA), seconds=-1.0)
     assert [result["status"] for result in results] == ["skipped", "skipped"]
     assert line_of(results[0]).endswith("SKIPPED: no time left")
 
 
-def test_the_file_is_whole_after_every_case(tmp_path: Path, capsys: Any) -> None:
+def test_the_file_is_whole_after_every_group(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "runs" / "one.json"
-    cases = [Case(Conditions("prefill", "tiny", 2, 8, dtype="fp32"), BASE), Case(TRAIN, BASE)]
-    runner = Runner(CPU, effort=EFFORT)
+    prefill = Conditions("prefill", "tiny", 2, 8, dtype="fp32")
+    cases = [Case(prefill, BASE), Case(prefill, LORA), Case(TRAIN, BASE)]
     seen = []
-    original = Runner._outcome
+    original = Runner._join
 
-    def outcome(self: Runner, case: Case) -> dict[str, Any]:
-        if path.exists():
-            seen.append(len(json.loads(path.read_text())["results"]))
-        return original(self, case)
+    def join(self: Runner, case: Case, *others: Any) -> dict[str, Any]:
+        seen.append(len(json.loads(path.read_text())["results"]) if path.exists() else 0)
+        return original(self, case, *others)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Runner, "_outcome", outcome)
-        run_and_write(runner, cases, path, about={"suite": "tiny"})
-    assert seen == [1]
+        patch.setattr(Runner, "_join", join)
+        run_and_write(Runner(CPU, effort=EFFORT), cases, path, about={"suite": "tiny"})
+    assert seen == [0, 0, 2]
     content = json.loads(path.read_text())
-    assert [result["status"] for result in content["results"]] == ["ok", "ok"]
+    assert [result["status"] for result in content["results"]] == ["ok", "ok", "ok"]
     assert [item.name for item in path.parent.iterdir()] == ["one.json"]
     progress = capsys.readouterr().err
-    assert "2/2] train/tiny/2x8/fp32/eager/base: wall_ms" in progress
+    assert "prefill/tiny/2x8/fp32/eager/lora-r16: checked, ok" in progress
+    assert "3/3] train/tiny/2x8/fp32/eager/base: wall_ms" in progress
 
 
 def test_kernels_are_looked_at_when_everything_has_been_timed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    order = []
-    measured = Runner._outcome
+    order: list[Any] = []
 
-    def outcome(self: Runner, case: Case) -> dict[str, Any]:
-        order.append(("timed", case.variant.name))
-        return measured(self, case)
+    def timed(steps: Sequence[Step], *rest: Any, **options: Any) -> Any:
+        order.append(("timed", len(steps)))
+        return time_steps(steps, *rest, **options)
 
     def profile(step: Any, *, top: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        assert step.run().isfinite()
+        assert step.run().isfinite().all()
         order.append(("profiled", top))
         return {"launches": 7.0}, [{"kernel": "gemm", "calls": 1, "ms": 1.0}]
 
-    monkeypatch.setattr(Runner, "_outcome", outcome)
+    monkeypatch.setattr("benchmarks.runner.time_steps", timed)
     monkeypatch.setattr("benchmarks.runner.kernel_profile", profile)
     runner = Runner(CPU, effort=EFFORT, profile=2)
     monkeypatch.setattr(Runner, "looks_at_kernels", True)
-    cases = [Case(TRAIN, BASE), Case(TRAIN, LORA)]
+    prefill = Conditions("prefill", "tiny", 2, 8, dtype="fp32")
+    cases = [Case(TRAIN, BASE), Case(TRAIN, LORA), Case(prefill, BASE)]
     results = run_and_write(runner, cases, tmp_path / "one.json", about={})
-    kinds = [kind for kind, _ in order]
-    assert kinds == ["timed", "timed", "profiled", "profiled"]
-    assert [result["metrics"]["launches"] for result in results] == [7.0, 7.0]
+    assert order == [("timed", 2), ("timed", 1), *[("profiled", 2)] * 3]
+    assert [result["metrics"]["launches"] for result in results] == [7.0] * 3
     assert json.loads((tmp_path / "one.json").read_text())["results"][1]["kernels"]
+
+
+def timed_with(
+    monkeypatch: pytest.MonkeyPatch, look: Callable[[Sequence[Step]], Sequence[Step]]
+) -> None:
+    """Let ``look`` see, and change, the steps of a group before they are timed."""
+
+    def timed(steps: Sequence[Step], *rest: Any, **options: Any) -> Any:
+        return time_steps(look(steps), *rest, **options)
+
+    monkeypatch.setattr("benchmarks.runner.time_steps", timed)
+
+
+def test_a_variant_without_memory_in_its_turn_does_not_take_the_others_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def starve(steps: Sequence[Step]) -> Sequence[Step]:
+        runs: list[int] = []
+
+        def run_dry() -> Any:
+            runs.append(1)
+            # well in the warm-up, not when it is timed
+            if len(runs) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 57 GiB.")
+            return steps[1].run()
+
+        return [steps[0], replace(steps[1], run=run_dry), steps[2]]
+
+    timed_with(monkeypatch, starve)
+    results = run(Case(TRAIN, BASE), Case(TRAIN, LORA), Case(TRAIN, MIXTURE))
+    assert [result["status"] for result in results] == ["ok", "out of memory", "ok"]
+    assert results[1]["reason"].startswith("OutOfMemoryError: CUDA out of memory. Tried")
+    assert "metrics" not in results[1]
+    assert [results[i]["metrics"]["wall_ms"]["samples"] for i in (0, 2)] == [1, 1]
+
+
+def test_a_variant_that_waits_for_its_turn_holds_no_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    built: list[Any] = []
+
+    def keep(*arguments: Any) -> Any:
+        built.append(build_for(*arguments))
+        return built[-1]
+
+    def gradients() -> list[int]:
+        return [sum(p.grad is not None for p in one.trainable) for one in built]
+
+    seen = []
+
+    def watch(steps: Sequence[Step]) -> Sequence[Step]:
+        def watched(step: Step) -> Any:
+            seen.append(gradients())
+            return step.run()
+
+        return [replace(step, run=partial(watched, step)) for step in steps]
+
+    monkeypatch.setattr("benchmarks.runner.build_for", keep)
+    timed_with(monkeypatch, watch)
+    run(Case(TRAIN, LORA), Case(TRAIN, MIXTURE))
+    assert built[0].trainable
+    assert seen
+    assert all(counts == [0, 0] for counts in [*seen, gradients()])
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that counts like a GPU's allocator: all that lives, and that as the peak too."""
+
+    def live(_: Any = None) -> int:
+        return live_tensors()[1]
+
+    def nothing(_: Any = None) -> None:
+        pass
+
+    monkeypatch.setattr("benchmarks.memory.is_counted", lambda device: True)
+    for name in ("empty_cache", "synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, nothing)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, live)
+
+
+@pytest.mark.usefixtures("counted")
+@pytest.mark.parametrize("kind", ["train", "decode"])
+def test_a_variant_needs_as_much_memory_beside_others_as_alone(kind: str) -> None:
+    conditions = Conditions(kind, "tiny", 2, 8, dtype="fp32")
+    variants = [LORA, MIXTURE, mixture(64), BASE]
+    cases = [Case(conditions, variant) for variant in variants]
+    alone = [run(case)[0]["metrics"] for case in cases]
+    together = [result["metrics"] for result in run(*cases)]
+    # a few small tensors are caches of the libraries, made by who comes first
+    slack = 2**10 / 2**20
+    for name in ("weights_mib", "peak_mib"):
+        expected = [metrics[name] for metrics in alone]
+        assert [m[name] for m in together] == pytest.approx(expected, rel=0, abs=slack)
+    # the widest mixture's adapters alone are far more than that
+    assert together[2]["weights_mib"] - together[3]["weights_mib"] > 100 * slack
 
 
 def test_copies_of_a_base_model_share_its_weights_but_no_module() -> None:

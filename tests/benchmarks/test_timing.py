@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import time
+import weakref
 
 import pytest
 import torch
 
-from benchmarks.timing import Effort, Step, host_time, median, quantile, summary, time_steps
+from benchmarks.timing import (
+    Effort,
+    Step,
+    host_time,
+    median,
+    quantile,
+    sample,
+    summary,
+    time_steps,
+)
 
 CPU = torch.device("cpu")
 
@@ -70,6 +80,63 @@ def test_no_run_is_added_once_the_time_is_over() -> None:
     step = Step(lambda: (calls.append(1), time.sleep(0.02)))
     time_steps([step], CPU, Effort(warmup=0, least=2, most=50, seconds=0.0))
     assert len(calls) == 2
+
+
+def test_a_step_that_fails_leaves_and_the_others_go_on() -> None:
+    calls: list[str] = []
+    told: list[tuple[int, str]] = []
+
+    def fail() -> None:
+        calls.append("b")
+        if calls.count("b") == 3:
+            raise torch.OutOfMemoryError("no memory")
+
+    steps = [Step(lambda: calls.append("a")), Step(fail), Step(lambda: calls.append("c"))]
+    found = time_steps(
+        steps,
+        CPU,
+        Effort(warmup=1, least=4, most=4, seconds=0.0),
+        on_error=lambda index, error: told.append((index, str(error))),
+    )
+    assert "".join(calls) == "abc" + "abc" * 2 + "ac" * 2
+    assert told == [(1, "no memory")]
+    assert [metrics["wall_ms"]["samples"] for metrics in found] == [4, 1, 4]
+
+
+def test_what_a_failed_run_had_made_is_gone_before_the_next_turn() -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+    gone: list[bool] = []
+
+    def fail() -> None:
+        large = torch.zeros(8)
+        made.append(weakref.ref(large))
+        raise torch.OutOfMemoryError("no memory")
+
+    steps = [Step(fail), Step(lambda: gone.append(made[0]() is None))]
+    effort = Effort(warmup=1, least=1, most=1, seconds=0.0)
+    time_steps(steps, CPU, effort, on_error=lambda *_: None)
+    assert gone == [True, True]
+
+
+def test_without_somebody_to_tell_an_error_is_raised() -> None:
+    def fail() -> None:
+        raise ValueError("no step")
+
+    with pytest.raises(ValueError, match="no step"):
+        time_steps([Step(fail)], CPU, Effort())
+
+
+@pytest.mark.parametrize(("asks", "runs"), [([0, 0], 1), ([0, 1, 1, 1], 2), ([0, 1, 1, 2], 2)])
+def test_a_run_that_asked_the_driver_for_memory_is_repeated_once(
+    asks: list[int], runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = iter(asks)
+    monkeypatch.setattr("benchmarks.timing.segments", lambda device: next(counts))
+    calls: list[str] = []
+    step = Step(lambda: calls.append("run"), prepare=lambda: calls.append("prepare"))
+    found = sample(step, CPU, lambda: calls.append("flush"))
+    assert calls == ["flush", "prepare", "run"] * runs
+    assert len(found.wall) == 1
 
 
 def test_host_time_is_in_microseconds_per_repeat() -> None:
