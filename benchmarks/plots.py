@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.bar import number
 from benchmarks.cases import SWEEP, SWEEP_LONG, SWEEP_TOKENS
-from benchmarks.report import Run, groups
+from benchmarks.devices import Run, by_device, device_of
+from benchmarks.report import Groups, groups
 
 _COLOURS = {"moelora": "#1f77b4", "moelora-wide": "#17becf", "lora": "#d62728", "base": "#555555"}
 _METRICS = (("wall_ms", "ms per training step"), ("peak_mib", "peak MiB above weights"))
@@ -84,11 +85,12 @@ def _level(members: Sequence[dict[str, Any]], variant: str, metric: str) -> floa
     return None
 
 
-def draw_sweep(members: Sequence[dict[str, Any]], sweep: Sweep, path: Path) -> bool:
+def draw_sweep(found: Groups, device: str, sweep: Sweep, path: Path) -> bool:
     """Time and memory against one size, with the base and one LoRA as lines; False without data."""
+    members, _ = found.get((SWEEP.name, device), ([], {}))
     if len(_points(members, sweep, "wall_ms")) < 2:
         return False
-    figure, panels = _panels()
+    figure, panels = _panels(device)
     for panel, (metric, label) in zip(panels, _METRICS, strict=True):
         points = _points(members, sweep, metric)
         panel.plot(*zip(*points, strict=True), "o-", color=_COLOURS["moelora"], label="moelora")
@@ -102,7 +104,7 @@ def draw_sweep(members: Sequence[dict[str, Any]], sweep: Sweep, path: Path) -> b
     return True
 
 
-def draw_tokens(found: dict[str, tuple[list[dict[str, Any]], Run]], path: Path) -> bool:
+def draw_tokens(found: Groups, device: str, path: Path) -> bool:
     """Time and memory against the tokens of a step."""
     lines = {
         "moelora-e8-k2-r16": ("moelora", "moelora, E = 8"),
@@ -111,14 +113,14 @@ def draw_tokens(found: dict[str, tuple[list[dict[str, Any]], Run]], path: Path) 
         "base": ("base", "frozen base"),
     }
     sizes = [*SWEEP_TOKENS, SWEEP, SWEEP_LONG]
-    present = [size for size in sizes if size.name in found]
+    present = [size for size in sizes if (size.name, device) in found]
     if len(present) < 2:
         return False
-    figure, panels = _panels()
+    figure, panels = _panels(device)
     for panel, (metric, label) in zip(panels, _METRICS, strict=True):
         for variant, (colour, name) in lines.items():
             points = [
-                (size.batch * size.tokens, _level(found[size.name][0], variant, metric))
+                (size.batch * size.tokens, _level(found[size.name, device][0], variant, metric))
                 for size in present
             ]
             points = [(x, y) for x, y in points if y is not None]
@@ -141,13 +143,16 @@ def draw_roofline(runs: Sequence[Run], path: Path) -> bool:
             and result["conditions"]["dtype"] == "bf16"
         ]
         if ceilings and ops:
-            _roofline(ops, ceilings, path)
+            _roofline(ops, ceilings, device_of(run), path)
             return True
     return False
 
 
-def _roofline(ops: Sequence[dict[str, Any]], ceilings: dict[str, float], path: Path) -> None:
+def _roofline(
+    ops: Sequence[dict[str, Any]], ceilings: dict[str, float], device: str, path: Path
+) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
+    figure.suptitle(device)
     panel = figure.add_subplot()
     marks = {"linear": "s", "fused": "o", "routed": "^", "combine": "v", "loop": "x"}
     for kind, mark in marks.items():
@@ -172,8 +177,9 @@ def _roofline(ops: Sequence[dict[str, Any]], ceilings: dict[str, float], path: P
     _save(figure, path)
 
 
-def _panels() -> tuple[Figure, Any]:
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+def _panels(device: str) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure.suptitle(device)
     return figure, figure.subplots(1, len(_METRICS))
 
 
@@ -192,21 +198,20 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def draw_all(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """Draw every picture that ``runs`` have numbers for.
+    """Draw every picture that ``runs`` have numbers for, each of the newest device that has them.
 
     Returns:
         The files that were written.
     """
-    found = groups(runs)
-    members = found[SWEEP.name][0] if SWEEP.name in found else []
+    found, devices = groups(runs), by_device(runs)
     drawn = []
     with mpl.rc_context(_STYLE):
         for sweep in SWEEPS:
             path = folder / f"benchmark-{sweep.name}.svg"
-            if draw_sweep(members, sweep, path):
+            if any(draw_sweep(found, device, sweep, path) for device in devices):
                 drawn.append(path)
         path = folder / "benchmark-tokens.svg"
-        if draw_tokens(found, path):
+        if any(draw_tokens(found, device, path) for device in devices):
             drawn.append(path)
         path = folder / "benchmark-roofline.svg"
         if draw_roofline(runs, path):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bar import AIMS, Aim, number, value_of, values_of
+from benchmarks.bar import AIMS, Aim, Value, number, value_of, values_of
 from benchmarks.baselines import Variant
 from benchmarks.cases import (
     BASE,
@@ -24,6 +24,7 @@ from benchmarks.cases import (
     Conditions,
     UnknownNameError,
 )
+from benchmarks.devices import Run, by_device, device_of, in_order, is_cpu, said
 from benchmarks.environment import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -34,7 +35,8 @@ _MARKED = re.compile(
 )
 _HOST_METRICS = ("us_per_linear", "added_us_per_linear", "added_launches_per_linear")
 _NOT_MEASURED = "not measured"
-Run = dict[str, Any]
+#: Results of one group with the run they are from, by group and device.
+Groups = dict[tuple[str, str], tuple[list[dict[str, Any]], Run]]
 
 
 @dataclass(frozen=True)
@@ -124,42 +126,76 @@ def shown(value: float | None, digits: int = 3) -> str:
 
 
 def bar_table(runs: Sequence[Run]) -> str:
-    """Every aim: to reach, measured, reached or not; and what earlier runs gave."""
+    """Every aim of each device: to reach, measured, reached or not; what earlier runs gave.
+
+    An aim that no device has a value for stands in the first table, and in that one only.
+    """
+    nowhere = [aim for aim in AIMS if value_of(aim, runs) is None]
+    tables = []
+    for device, own in in_order(by_device(runs)).items():
+        aims = [aim for aim in AIMS if aim in nowhere or value_of(aim, own) is not None]
+        if aims:
+            tables.append(f"**{device}**\n\n{_table_of_aims(aims, own)}")
+            nowhere = []
+    return "\n\n".join(tables) if tables else _table_of_aims(AIMS, [])
+
+
+def _table_of_aims(aims: Sequence[Aim], runs: Sequence[Run]) -> str:
+    """Aims with their values in the runs of one device."""
     rows = []
-    for aim in AIMS:
-        sign = "≥" if aim.at_least else "≤"
+    for aim in aims:
         values = values_of(aim, runs)
         if not values:
-            rows.append([aim.figure, f"{sign} {aim.bound:g}", _NOT_MEASURED, "", "", ""])
+            rows.append([aim.figure, _bound(aim), _NOT_MEASURED, "", "", ""])
             continue
         found, *earlier = values
         verdict = "yes" if aim.reached(found.quotient) else "**no**"
         medians = f"{shown(found.above)} / {shown(found.below)} {_unit(aim.metric)}"
         before = ", ".join(f"{value.quotient:.2f}" for value in earlier)
-        bound = f"{sign} {aim.bound:g}"
-        rows.append([aim.figure, bound, f"{found.quotient:.2f}", verdict, medians, before])
+        rows.append([aim.figure, _bound(aim), f"{found.quotient:.2f}", verdict, medians, before])
     return markdown(["figure", "to reach", "measured", "reached", "medians", "earlier runs"], rows)
 
 
+def _bound(aim: Aim) -> str:
+    return f"{'≥' if aim.at_least else '≤'} {aim.bound:g}"
+
+
 def headline_table(runs: Sequence[Run]) -> str:
-    """The few figures of the README, each moelora's over another's, and where they come from."""
+    """The few figures of the README, each moelora's over another's, and where they come from.
+
+    They are those of one GPU and one CPU; what only another device has a value for is left out.
+    """
+    newest = _newest(runs)
     rows, used = [], []
     for headline in HEADLINES:
         aim = headline.aim
-        bound = f"≥ {aim.bound:g}" if aim.at_least else f"≤ {aim.bound:g}"
-        found = value_of(aim, runs)
-        if found is None:
-            rows.append([headline.what, headline.over, _NOT_MEASURED, "", "", bound])
-            continue
-        used.append(found.run)
-        reached = bound if aim.reached(found.quotient) else f"{bound}, **missed**"
-        values = [found.below, found.above] if headline.is_below else [found.above, found.below]
-        times = [f"{shown(value)} {_unit(aim.metric)}" for value in values]
-        quotient = f"{found.quotient:.2f}"
-        rows.append([headline.what, headline.over, *times, quotient, reached])
+        found = value_of(aim, newest)
+        if found is not None:
+            used.append(found.run)
+            rows.append(_headline_row(headline, found))
+        elif value_of(aim, runs) is None:
+            rows.append([headline.what, headline.over, _NOT_MEASURED, "", "", _bound(aim)])
     header = ["", "compared with", "moelora", "the other", "quotient", "aim"]
     table = markdown(header, rows)
-    return f"{table}\n\n{_summary(runs)}{_machines(used)}"
+    return f"{table}\n\n{_summary(newest)}{_machines(used)}"
+
+
+def _headline_row(headline: Headline, found: Value) -> list[str]:
+    aim = headline.aim
+    bound = _bound(aim)
+    reached = bound if aim.reached(found.quotient) else f"{bound}, **missed**"
+    values = [found.below, found.above] if headline.is_below else [found.above, found.below]
+    times = [f"{shown(value)} {_unit(aim.metric)}" for value in values]
+    return [headline.what, headline.over, *times, f"{found.quotient:.2f}", reached]
+
+
+def _newest(runs: Sequence[Run]) -> list[Run]:
+    """The runs of the newest GPU and of the newest CPU that have a value for the README."""
+    kept: dict[bool, str] = {}
+    for run in runs:
+        if any(value_of(headline.aim, [run]) for headline in HEADLINES):
+            kept.setdefault(is_cpu(run), device_of(run))
+    return [run for run in runs if kept.get(is_cpu(run)) == device_of(run)]
 
 
 def _summary(runs: Sequence[Run]) -> str:
@@ -195,8 +231,19 @@ def _unit(metric: str) -> str:
     return "us" if "_us" in metric else "ms"
 
 
-def groups(runs: Sequence[Run]) -> dict[str, tuple[list[dict[str, Any]], Run]]:
-    """The results of each group, from the newest run with at least two of them that worked."""
+def groups(runs: Sequence[Run]) -> Groups:
+    """The results of each group on each device, devices in their order.
+
+    They are from the newest run of the device with at least two of them that worked.
+    """
+    return {
+        (name, device): group
+        for device, own in in_order(by_device(runs)).items()
+        for name, group in _groups_of_one_device(own).items()
+    }
+
+
+def _groups_of_one_device(runs: Sequence[Run]) -> dict[str, tuple[list[dict[str, Any]], Run]]:
     found: dict[str, tuple[list[dict[str, Any]], Run]] = {}
     for least in (2, 1, 0):
         for run in runs:
@@ -298,8 +345,8 @@ def leak_table(members: Sequence[dict[str, Any]]) -> str:
 
 def profiles(runs: Sequence[Run]) -> str:
     """Where the time of each profiled step of a default mixture goes."""
-    parts = []
-    for members, _ in groups(runs).values():
+    tables = []
+    for (_, device), (members, _) in groups(runs).items():
         for result in members:
             if result["variant"] != MIXTURE.name or not result.get("kernels"):
                 continue
@@ -307,19 +354,36 @@ def profiles(runs: Sequence[Run]) -> str:
                 [f"`{row['kernel'][:80]}`", str(row["calls"]), shown(row["ms"])]
                 for row in result["kernels"]
             ]
-            parts.append(f"`{result['case']}`\n\n{markdown(['kernel', 'calls', 'ms'], rows)}")
+            table = markdown(["kernel", "calls", "ms"], rows)
+            tables.append((result["case"], device, table))
+    return _under_headings(tables, _devices(runs, on_cpu=False))
+
+
+def _devices(runs: Sequence[Run], *, on_cpu: bool) -> set[str]:
+    """The GPUs, or the CPUs, that there are tables of."""
+    return {device for (_, device), (_, run) in groups(runs).items() if is_cpu(run) == on_cpu}
+
+
+def _under_headings(tables: Sequence[tuple[str, str, str]], devices: Collection[str]) -> str:
+    """Tables, each under what it is of; with its device where there are several."""
+    parts = [f"{said(f'`{name}`', device, devices)}\n\n{table}" for name, device, table in tables]
     return "\n\n".join(parts) if parts else _NOT_MEASURED.capitalize() + "."
 
 
 def failures_table(runs: Sequence[Run]) -> str:
     """What did not run, or ran and was wrong, in the runs that the tables come from."""
+    devices = {device for _, device in groups(runs)}
     rows = [
-        [result["case"], result["status"], result["reason"].replace("|", "/")]
-        for members, _ in groups(runs).values()
+        [said(result["case"], device, devices), result["status"], _in_a_cell(result["reason"])]
+        for (_, device), (members, _) in groups(runs).items()
         for result in members
         if result["status"] not in {"ok", "skipped"}
     ]
     return markdown(["case", "outcome", "reason"], rows) if rows else "None."
+
+
+def _in_a_cell(text: str) -> str:
+    return text.replace("|", "/")
 
 
 def environments_table(runs: Sequence[Run]) -> str:
@@ -349,15 +413,15 @@ _SECTIONS = {
 
 def section(runs: Sequence[Run], kinds: Sequence[str], *, on_cpu: bool) -> str:
     """The tables of all groups of some kinds, with their conditions as headings."""
-    parts = []
-    for name, (members, run) in sorted(groups(runs).items()):
+    tables = []
+    by_name = sorted(groups(runs).items(), key=lambda item: item[0][0])
+    for (name, device), (members, run) in by_name:
         kind = name.split("/", 1)[0]
-        is_cpu = run["environment"]["driver"] is None
-        if kind not in kinds or is_cpu != on_cpu or not any(r["status"] == "ok" for r in members):
-            continue
-        table = _TABLE_OF_KIND.get(kind, model_table)(members)
-        parts.append(f"`{name}`\n\n{table}")
-    return "\n\n".join(parts) if parts else _NOT_MEASURED.capitalize() + "."
+        worked = any(result["status"] == "ok" for result in members)
+        if kind in kinds and is_cpu(run) == on_cpu and worked:
+            table = _TABLE_OF_KIND.get(kind, model_table)(members)
+            tables.append((name, device, table))
+    return _under_headings(tables, _devices(runs, on_cpu=on_cpu))
 
 
 def pictures() -> str:

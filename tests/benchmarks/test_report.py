@@ -14,6 +14,7 @@ from benchmarks.bar import AIMS, Aim, number, value_of
 from benchmarks.baselines import Variant
 from benchmarks.cases import (
     BASE,
+    CPU_TRAIN,
     LORA,
     MIXTURE,
     TRAIN_EAGER,
@@ -97,8 +98,108 @@ def test_the_table_of_aims_shows_what_earlier_runs_gave() -> None:
     newer = run_of(
         timed(TRAIN_GRAPH, LORA, 100.0), timed(TRAIN_GRAPH, MIXTURE, 70.0), time="2026-02-02T00:00"
     )
-    line = tables_of([newer, STEP])["bar"].splitlines()[2]
+    line = tables_of([newer, STEP])["bar"].splitlines()[4]
     assert line.endswith("| ≤ 0.65 | 0.70 | **no** | 70.0 / 100 ms | 0.60 |")
+
+
+def on(run: dict[str, Any], device: str, time: str, driver: str | None = "1.2") -> dict[str, Any]:
+    """The same run of another device, at another time."""
+    environment = {**run["environment"], "device": device, "driver": driver}
+    file = f"{device.replace(' ', '-')}-{time[:10]}.json"
+    return {**run, "environment": environment, "time": time, "file": file}
+
+
+OLD = on(STEP, "An H100", "2026-02-01T00:00:00Z")
+NEW = on(
+    run_of(
+        timed(TRAIN_GRAPH, BASE, 50.0),
+        timed(TRAIN_GRAPH, LORA, 100.0),
+        timed(TRAIN_GRAPH, MIXTURE, 55.0),
+    ),
+    "An H200",
+    "2026-04-01T00:00:00Z",
+)
+NEWER = on(NEW, "An H200", "2026-04-02T00:00:00Z")
+LAPTOP = on(
+    run_of(timed(CPU_TRAIN, LORA, 10.0), timed(CPU_TRAIN, MIXTURE, 12.0)),
+    "A CPU",
+    "2026-03-01T00:00:00Z",
+    driver=None,
+)
+SEVERAL = [NEWER, NEW, LAPTOP, OLD]
+
+
+def test_each_device_has_a_table_of_its_own_that_of_the_aims_first() -> None:
+    tables = tables_of(SEVERAL)["bar"].split("**A")
+    devices = ["n H100", "n H200", " CPU"]
+    assert [table.split("**")[0] for table in tables[1:]] == devices
+    h100, h200, cpu = (table.split("**\n\n", 1)[1].splitlines() for table in tables[1:])
+    # what nobody measured stands in the first, what another measured does not
+    assert sum("not measured" in line for line in h100) == len(AIMS) - 4
+    assert not any("SmolLM2" in line for line in h100)
+    assert "not measured" not in "".join([*h200, *cpu])
+    step = "| training step, 1B, 4096 tokens, CUDA graph / one PEFT LoRA | ≤ 0.65 |"
+    assert h100[2] == f"{step} 0.60 | yes | 60.0 / 100 ms |  |"
+    # earlier runs are those of the same device
+    assert h200[2] == f"{step} 0.55 | yes | 55.0 / 100 ms | 0.55 |"
+    assert len([line for line in h200 if line]) == 2 + 2
+    assert cpu[2].endswith("| ≤ 1.35 | 1.20 | yes | 12.0 / 10.0 ms |  |")
+
+
+def test_without_any_run_nothing_is_measured_on_nothing() -> None:
+    lines = tables_of([])["bar"].splitlines()
+    assert lines[0].startswith("| figure |")
+    assert sum("not measured" in line for line in lines) == len(AIMS)
+
+
+def test_the_readme_shows_the_newest_gpu_and_the_newest_cpu() -> None:
+    ops = on(run_of(), "A GPU of which only the ops are known", "2026-05-01T00:00:00Z")
+    table, _, summary = tables_of([ops, *SEVERAL])["headlines"].partition("\n\n")
+    step = "| training step, CUDA graph | one LoRA, r = 16 | 55.0 ms | 100 ms | 0.55 | ≤ 0.65 |"
+    assert step in table.splitlines()
+    assert "| 12.0 ms | 10.0 ms | 1.20 | ≤ 1.35 |" in table
+    assert summary == (
+        f"Of {len(AIMS)} figures with an aim 3 are measured and 3 reached. "
+        "An H200, torch 2.11.0, peft None: data "
+        "[An-H200-2026-04-02](benchmarks/results/An-H200-2026-04-02.json). "
+        "A CPU, torch 2.11.0, peft None: data "
+        "[A-CPU-2026-03-01](benchmarks/results/A-CPU-2026-03-01.json)."
+    )
+
+
+def test_the_readme_leaves_out_what_only_another_device_has_a_value_for() -> None:
+    lone = on(run_of(timed(TRAIN_EAGER, LORA, 2.0), timed(TRAIN_EAGER, MIXTURE, 1.0)), "B", "2027")
+    table = tables_of([lone, OLD])["headlines"]
+    assert "training step, eager | one LoRA, r = 16 | 1.00 ms" in table
+    assert "CUDA graph | one LoRA" not in table
+    assert "prefill of 4096 tokens, eager | frozen model | not measured" in table
+
+
+def test_a_group_is_replaced_by_newer_runs_of_the_same_device_only() -> None:
+    tables = tables_of(SEVERAL)
+    parts = [part for part in tables["training"].split("\n\n") if part.startswith("`")]
+    name = "`train/llama-1b/4x1024/bf16/graph`"
+    assert parts == [f"{name}, An H100", f"{name}, An H200"]
+    assert "| moelora-e8-k2-r16 | 55.0 (54.0-56.0) | 1.10 | 0.55 |" in tables["training"]
+    assert "An H" not in tables["cpu"]
+    files = [line.split("`")[1] for line in tables["environments"].splitlines()[2:]]
+    assert files == [
+        "A-CPU-2026-03-01.json",
+        "An-H100-2026-02-01.json",
+        "An-H200-2026-04-02.json",
+    ]
+
+
+def test_failures_and_kernels_say_whose_they_are_when_there_are_several_devices() -> None:
+    bad = result_of(Case(TRAIN_EAGER, XLORA), status="out of memory", reason="57 GiB")
+    profiled = {**timed(TRAIN_GRAPH, MIXTURE, 6.0), "kernels": []}
+    profiled["kernels"] = [{"kernel": "gemm", "calls": 3, "ms": 1.25}]
+    one = on(run_of(bad, profiled), "An H100", "2026-01-01T00:00:00Z")
+    assert "An H100" not in tables_of([one])["failures"] + tables_of([one])["profiles"]
+    tables = tables_of([on(one, "An H200", "2026-01-02T00:00:00Z"), one])
+    case = Case(TRAIN_EAGER, XLORA).name
+    assert f"| {case}, An H100 | out of memory | 57 GiB |" in tables["failures"]
+    assert f"`{Case(TRAIN_GRAPH, MIXTURE).name}`, An H200\n" in tables["profiles"]
 
 
 def test_a_result_that_was_wrong_counts_nowhere() -> None:
@@ -110,8 +211,9 @@ def test_a_result_that_was_wrong_counts_nowhere() -> None:
 
 def test_the_table_of_aims_says_reached_not_reached_and_not_measured() -> None:
     lines = tables_of([STEP])["bar"].splitlines()
-    assert len(lines) == 2 + len(AIMS)
-    assert lines[2] == (
+    assert len(lines) == 4 + len(AIMS)
+    assert lines[:2] == ["**A GPU**", ""]
+    assert lines[4] == (
         "| training step, 1B, 4096 tokens, CUDA graph / one PEFT LoRA | ≤ 0.65 | 0.60 | yes "
         "| 60.0 / 100 ms |  |"
     )
@@ -229,7 +331,7 @@ def test_profiled_steps_of_the_default_mixture_list_their_kernels() -> None:
 def test_only_the_text_between_markers_is_made_anew() -> None:
     text = "a\n<!-- benchmarks:begin -->\nold\n<!-- benchmarks:end -->\nb\n"
     new = updated(text, [STEP])
-    assert new.startswith("a\n<!-- benchmarks:begin -->\n\n| figure |")
+    assert new.startswith("a\n<!-- benchmarks:begin -->\n\n**A GPU**\n\n| figure |")
     assert new.endswith("|\n\n<!-- benchmarks:end -->\nb\n")
     assert "old" not in new
     assert updated(new, [STEP]) == new

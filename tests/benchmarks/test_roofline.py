@@ -79,5 +79,12 @@ def test_pictures_are_drawn_of_what_was_measured_and_nothing_else(tmp_path: Path
     ]
     first = [path.read_bytes() for path in drawn]
     assert b"one PEFT LoRA" in first[0]
+    assert all(b">A GPU<" in content for content in first)
     assert [path.read_bytes() for path in draw_all([run], tmp_path)] == first
     assert draw_all([], tmp_path / "none") == []
+    # a newer device that was not swept is not drawn, one that was is
+    newer = {**run, "environment": {**run["environment"], "device": "Another GPU"}}
+    alone = {**newer, "results": results[:2]}
+    assert [path.read_bytes() for path in draw_all([alone, run], tmp_path)] == first
+    for path in draw_all([newer, run], tmp_path):
+        assert b">Another GPU<" in path.read_bytes()
