@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
+import sys
 
 # before torch and huggingface_hub are imported, which read these once; subprocesses inherit them.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -13,7 +15,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 # one-line progress of transformers' loading would only fill captured output.
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import wraps
 from typing import Any
 
@@ -45,6 +47,19 @@ class _TorchRandom:
         torch.set_rng_state(state)
 
 
+#: Trainers, compilers, launchers and examples around lines that the other tests run too. Counting
+#: lines slows all of Python down, theirs by a third.
+UNMEASURED = (
+    "tests/architecture_table/",
+    "tests/compatibility/",
+    "tests/distributed/",
+    "tests/docs/",
+    "tests/examples/",
+    "tests/generation/",
+    "tests/trainer/",
+    "tests/test_compile.py",
+)
+
 # hypothesis keeps only a weak reference.
 _TORCH_RANDOM = _TorchRandom()
 hypothesis.register_random(_TORCH_RANDOM)
@@ -66,10 +81,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Count no lines in the tests of ``UNMEASURED``, in their fixtures and in what they start."""
+    if not item.nodeid.startswith(UNMEASURED):
+        return (yield)
+    tracer, in_children = sys.gettrace(), os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
+    sys.settrace(None)
+    try:
+        return (yield)
+    finally:
+        sys.settrace(tracer)
+        if in_children is not None:
+            os.environ["COVERAGE_PROCESS_CONFIG"] = in_children
+
+
 @pytest.fixture(autouse=True)
 def seeds() -> None:
     """Start every test from the same seed, whatever ran before it in this process."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imports_are_no_garbage() -> None:
+    """Spare garbage collections the millions of objects that importing made.
+
+    A training of the Trainer ends with a full collection, which was most of the time of a tiny one.
+    """
+    # benchmarks thaw what they have frozen, and this with it
+    if gc.get_freeze_count() == 0:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
