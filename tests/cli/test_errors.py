@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -134,3 +136,28 @@ def test_what_the_system_refuses_is_one_line(
 
     monkeypatch.setattr("moelora.describe", full)
     assert_one_line_error(moelora("inspect", mixture), "inspect", f"{os.strerror(28)}: {tmp_path}")
+
+
+HELP = {
+    "demo": "--model --data --steps --experts --top-k --rank --device --out --seed"
+    " --compare-total-rank --json --max-length",
+    "validate": "--base --device --experts --batch --seq --dtype --out",
+}
+
+
+def test_help_imports_no_part_of_a_job() -> None:
+    code = (
+        "import sys\nfrom moelora.cli import main\n"
+        "for command in sys.argv[1:]:\n"
+        "    try:\n        main([command, '--help'])\n"
+        "    except SystemExit as stop:\n        assert stop.code == 0\n"
+        "    print('NEXT')\n"
+        "heavy = ('matplotlib', 'moelora.demo.job', 'moelora.validation.job')\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, *HELP]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    *told, imported = done.stdout.split("NEXT\n")
+    assert imported == "[]\n"
+    for flags, text in zip(HELP.values(), told, strict=True):
+        assert [flag for flag in flags.split() if flag not in text] == []

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -160,16 +158,3 @@ def test_what_is_printed_names_every_comparison(
     assert "DIFFERS   nan  plain" in told
     assert "reported  nan  a / b" in told
     assert told[-1] == f"Open {Path('there') / 'report.html'}"
-
-
-def test_help_imports_no_part_of_the_job() -> None:
-    code = (
-        "import sys\nfrom moelora.cli import main\n"
-        "try:\n    main(['validate', '--help'])\n"
-        "except SystemExit as stop:\n    assert stop.code == 0\n"
-        "print('moelora.validation.job' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("False\n")
-    for flag in ("--base", "--device", "--experts", "--batch", "--seq", "--dtype", "--out"):
-        assert flag in done.stdout
