@@ -56,46 +56,59 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-root, number = sys.argv[1], int(sys.argv[2])
-ids = load_file(root + "/ids.safetensors")["ids"]
-outputs = {}
-for index in range(number):
-    base = AutoModelForCausalLM.from_pretrained(root + "/base", dtype=torch.float64)
-    folder = f"{root}/expert-{index}"
-    assert type(PeftConfig.from_pretrained(folder)) is LoraConfig
-    model = PeftModel.from_pretrained(base, folder).eval()
-    outputs[str(index)] = model(ids).logits.detach()
-    outputs[f"merged {index}"] = model.merge_and_unload()(ids).logits.detach()
-save_file(outputs, root + "/outputs.safetensors")
+for root, number in zip(sys.argv[1::2], map(int, sys.argv[2::2])):
+    ids = load_file(root + "/ids.safetensors")["ids"]
+    outputs = {}
+    for index in range(number):
+        base = AutoModelForCausalLM.from_pretrained(root + "/base", dtype=torch.float64)
+        folder = f"{root}/expert-{index}"
+        assert type(PeftConfig.from_pretrained(folder)) is LoraConfig
+        model = PeftModel.from_pretrained(base, folder).eval()
+        outputs[str(index)] = model(ids).logits.detach()
+        outputs[f"merged {index}"] = model.merge_and_unload()(ids).logits.detach()
+    save_file(outputs, root + "/outputs.safetensors")
 assert "moelora" not in sys.modules
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("base", "make"),
-    [(tiny_llama, mixture), (_gpt2, _gpt2_mixture)],
-    ids=["llama", "gpt2"],
-)
-def test_plain_peft_without_moelora_gives_what_the_mixture_gives_with_one_hot_weights(
-    base: Any, make: Any, tmp_path: Path
-) -> None:
-    model = make().eval()
-    number = model.peft_config["default"].num_experts
-    ids = token_ids() % 30
-    base().save_pretrained(tmp_path / "base")
-    model.save_pretrained(tmp_path / "mixture", save_embedding_layers=False)
-    save_file({"ids": ids}, tmp_path / "ids.safetensors")
-    for index in range(number):
-        export_expert(tmp_path / "mixture", tmp_path / f"expert-{index}", expert=index)
-    finished = run_python(PLAIN_PROCESS, tmp_path, number)
+MODELS: dict[str, tuple[Any, Any]] = {
+    "llama": (tiny_llama, mixture),
+    "gpt2": (_gpt2, _gpt2_mixture),
+}
+
+
+@pytest.fixture(scope="module")
+def in_plain_peft(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
+    """What the exported experts of each model give in one process without moelora."""
+    folders, arguments = {}, []
+    for name, (base, make) in MODELS.items():
+        folders[name] = folder = tmp_path_factory.mktemp(name)
+        model = make().eval()
+        number = model.peft_config["default"].num_experts
+        base().save_pretrained(folder / "base")
+        model.save_pretrained(folder / "mixture", save_embedding_layers=False)
+        save_file({"ids": token_ids() % 30}, folder / "ids.safetensors")
+        for index in range(number):
+            export_expert(folder / "mixture", folder / f"expert-{index}", expert=index)
+        arguments += [folder, number]
+    finished = run_python(PLAIN_PROCESS, *arguments)
     assert finished.returncode == 0, finished.stderr
-    outputs = load_file(tmp_path / "outputs.safetensors")
+    return {name: load_file(folder / "outputs.safetensors") for name, folder in folders.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_plain_peft_without_moelora_gives_what_the_mixture_gives_with_one_hot_weights(
+    name: str, in_plain_peft: dict[str, dict[str, Tensor]]
+) -> None:
+    model, outputs = MODELS[name][1]().eval(), in_plain_peft[name]
+    number = model.peft_config["default"].num_experts
+    assert len(outputs) == 2 * number
     for index in range(number):
-        expected = model(ids, routing_weights=_one_hot(index, number)).logits
+        expected = model(token_ids() % 30, routing_weights=_one_hot(index, number)).logits
         torch.testing.assert_close(outputs[str(index)], expected, rtol=1e-12, atol=1e-13)
         # merging into GPT-2's embedding would change its tied head too, with plain PEFT as well
-        if base is tiny_llama:
+        if name == "llama":
             assert_close(outputs[f"merged {index}"], expected)
 
 
