@@ -15,18 +15,41 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.examples.tiny import EXAMPLES, run_example, run_in_turn
 
 
+@pytest.fixture(scope="module")
+def printed() -> dict[str, str]:
+    """What three examples print, in one new process, since starting it costs the most."""
+    names = ["architectures", "generation", "continual_learning"]
+    told = run_in_turn(*[(EXAMPLES / f"{name}.py",) for name in names])
+    return dict(zip(names, told, strict=True))
+
+
 @pytest.mark.slow
-def test_every_base_learns_and_every_way_to_write_gives_what_no_cache_gives() -> None:
-    bases, ways = run_in_turn((EXAMPLES / "architectures.py",), (EXAMPLES / "generation.py",))
+def test_every_base_learns_and_reloads(printed: dict[str, str]) -> None:
+    bases = printed["architectures"]
     found = re.findall(r"(.+): loss ([\d.]+) -> ([\d.]+); reloaded (.+)", bases)
     assert [name for name, *_ in found] == ["GPT-2", "T5", "ViT", "a plain nn.Module"]
     for _, before, after, reloaded in found:
         assert float(after) < float(before)
         assert reloaded == "bit-equal"
+
+
+@pytest.mark.slow
+def test_every_way_to_write_gives_what_no_cache_gives(printed: dict[str, str]) -> None:
+    ways = printed["generation"]
     lines = [line for line in ways.splitlines() if "cache" in line]
     assert len(lines) == 5
     assert all(line.endswith("as without a cache") for line in lines), lines
     assert re.search(r"beams: \['w\d+", ways)
+
+
+@pytest.mark.slow
+def test_skills_are_learnt_in_sequence_and_the_one_that_returns_is_known(
+    printed: dict[str, str],
+) -> None:
+    lines = printed["continual_learning"].splitlines()
+    assert len(lines) == 11
+    assert lines[5] == "from 14, again: known as 'from 14'"
+    assert all("with its expert (as it was)" in line for line in lines[6:])
 
 
 @pytest.fixture(scope="module")
