@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +21,7 @@ from transformers import PreTrainedModel
 
 import moelora
 from moelora import IncompatiblePeftError, UnsupportedLayerError, _peft
+from tests.lm import run_python
 from tests.models import Block, lora_config, lora_model, randomise
 from tests.tolerances import assert_close, assert_equal
 
@@ -388,17 +387,19 @@ for model_class, config, lora, dtype in cases:
 
 
 def _run(code: str) -> str:
-    finished = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
-    )
+    finished = run_python(code)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
 
 
 @pytest.mark.slow
 def test_training_plain_lora_is_the_same_to_the_bit_with_and_without_the_plugin() -> None:
-    without = _run(_TRAINING.format(imports="assert 'moelora' not in sys.modules"))
-    with_it = _run(_TRAINING.format(imports="import moelora"))
+    # one process for both, since starting it costs the most
+    trainings = [
+        _TRAINING.format(imports=imports)
+        for imports in ("assert 'moelora' not in sys.modules", "import moelora")
+    ]
+    without, with_it = _run("print('NEXT')\n".join(trainings)).split("NEXT\n")
     assert without.count("\n") == 4 * 7
     assert with_it == without
 

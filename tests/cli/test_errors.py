@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import pytest
 from moelora import cli
 from tests.adapters import edit_config
 from tests.cli.adapters import assert_one_line_error, moelora, save_loras
+from tests.lm import run_python
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +154,8 @@ def test_help_imports_no_part_of_a_job() -> None:
         "heavy = ('matplotlib', 'moelora.demo.job', 'moelora.validation.job')\n"
         "print([name for name in heavy if name in sys.modules])"
     )
-    command = [sys.executable, "-c", code, *HELP]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = run_python(code, *HELP)
+    assert done.returncode == 0, done.stderr
     *told, imported = done.stdout.split("NEXT\n")
     assert imported == "[]\n"
     for flags, text in zip(HELP.values(), told, strict=True):

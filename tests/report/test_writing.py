@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +12,8 @@ from moelora.report.figures import render_pictures
 from moelora.report.page import render_page
 from moelora.report.token_picture import _laid_out
 from moelora.report.writing import check_target, write_report
+from tests.lm import run_python
 from tests.report.tiny import made_up
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_folder_gets_page_and_data(tmp_path: Path) -> None:
@@ -117,13 +113,7 @@ try:
 except moelora.ReportError as error:
     print(error)
 """
-    finished = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=True,
-    )
+    finished = run_python(code, tmp_path)
+    assert finished.returncode == 0, finished.stderr
     assert "pip install 'moelora[plots]'" in finished.stdout
     assert (tmp_path / "report.html").is_file()
