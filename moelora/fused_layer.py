@@ -58,6 +58,11 @@ def is_traced(x: Tensor) -> bool:
     )
 
 
+def is_transformed(x: Tensor) -> bool:
+    """Whether ``x`` stands for something else than its own numbers (vmap, grad, a fake tensor)."""
+    return type(x) is not Tensor or torch._C._are_functorch_transforms_active()
+
+
 def _has_global_hooks() -> bool:
     """Whether calls of modules run hooks of no one module, as ``nn.Module.__call__`` sees it."""
     hooks = nn.modules.module

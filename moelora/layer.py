@@ -15,12 +15,22 @@ from moelora import _peft
 from moelora.alignment import align_routing_weights, check_routing_weights
 from moelora.decision import MixtureSpec, consecutive_columns, decide
 from moelora.errors import RoutingWeightsError, UnsupportedLayerError
-from moelora.fused_layer import combine, fusable, is_plain_linear, narrow_combine, narrows
+from moelora.fused_layer import (
+    combine,
+    fusable,
+    is_plain_linear,
+    is_transformed,
+    narrow_combine,
+    narrows,
+)
 from moelora.ops import lora_combine, mix_ranks
 from moelora.places import reads_position_pairs
 from moelora.routed_layer import planned_forward
 from moelora.routing import Routing
 from moelora.scope import Frame, LayerBinding, SharedRouting
+
+#: Where a layer keeps the weights of fixed mixtures.
+_FIXED = "_moelora_fixed_weights"
 
 
 def mixtures_of(layer: nn.Module) -> dict[str, MixtureSpec]:
@@ -227,7 +237,7 @@ def _routed_weights(layer: Any, x: Tensor, frame: Frame | None) -> dict[str, Ten
     for adapter in own:
         spec = mixtures.get(adapter)
         if spec is not None and spec.routed and not spec.has_router:
-            weight_of[adapter] = x.new_tensor(spec.fixed_weights, dtype=torch.float32)
+            weight_of[adapter] = _fixed_weights(layer, adapter, spec.fixed_weights, x)
     routers = [a for a in own if a in mixtures and mixtures[a].routed and mixtures[a].has_router]
     if not routers:
         return weight_of
@@ -258,6 +268,24 @@ def _routed_weights(layer: Any, x: Tensor, frame: Frame | None) -> dict[str, Ten
         start, end = columns[adapter]
         weight_of[adapter] = per_token[..., start:end]
     return weight_of
+
+
+def _fixed_weights(layer: Any, adapter: str, weights: tuple[float, ...], x: Tensor) -> Tensor:
+    """A fixed mixture's weights where ``x`` is, copied there once.
+
+    Each copy would wait for the device, and a CUDA graph that is recorded may hold none.
+    """
+    if torch.compiler.is_compiling() or is_transformed(x):
+        # what is made in there means nothing outside
+        return x.new_tensor(weights, dtype=torch.float32)
+    known: dict[str, tuple[tuple[float, ...], Tensor]] = layer.__dict__.setdefault(_FIXED, {})
+    found = known.get(adapter)
+    if found is None or found[0] != weights or found[1].device != x.device:
+        # else a training that follows would be refused
+        with torch.inference_mode(False):
+            found = weights, torch.tensor(weights, dtype=torch.float32, device=x.device)
+        known[adapter] = found
+    return found[1]
 
 
 def _check_reads_new_tokens(layer: Any, x: Tensor, *, tokens: int) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 from moelora import (
@@ -50,6 +52,50 @@ def test_fixed_routing_uses_the_given_or_uniform_weights(given_weights: Any) -> 
     x = draw_input()
     row = torch.tensor(given_weights or [1 / 3] * 3, dtype=torch.float64)
     assert_close(model(x), by_hand(model, x, [config], row.expand(2, 3, 3)))
+
+
+class MadeTensors(TorchDispatchMode):
+    """Counts tensors made of Python's numbers; on a GPU each is a copy that waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func is torch.ops.aten.lift_fresh.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_fixed_weights_are_made_once_and_serve_training_after_inference() -> None:
+    config = moe_config(**FIXED)
+    model = moe_model(config)
+    x = draw_input()
+    with torch.inference_mode():
+        first = model(x)
+    with MadeTensors() as made:
+        second = model(x)
+    assert made.number == 0
+    assert_equal(first, second)
+    second.sum().backward()
+    assert all(p.grad is not None for p in adapter_parameters(model))
+    # other weights, and a copy of the model with its own
+    mixtures = one_layer(model).moe_mixtures
+    for name, spec in mixtures.items():
+        mixtures[name] = replace(spec, fixed_weights=(1.0, 2.0, 3.0))
+    row = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    for other in (model, copy.deepcopy(model)):
+        assert_close(other(x), by_hand(model, x, [config], row.expand(2, 3, 3)))
+
+
+def test_fixed_weights_are_not_kept_from_transforms() -> None:
+    model = moe_model(moe_config(**FIXED))
+    x = draw_input()
+    mapped = torch.func.vmap(lambda row: model(row[None])[0])(x)
+    assert_close(mapped, model(x))
+    (slope,) = torch.func.jacrev(lambda x: model(x).sum(), argnums=(0,))(x)
+    x.requires_grad_()
+    model(x).sum().backward()
+    assert_close(slope, x.grad)
 
 
 @pytest.mark.parametrize("kind", NOT_GROUPED)
