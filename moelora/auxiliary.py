@@ -21,6 +21,7 @@ from torch._compile import _disable_dynamo
 from moelora.distributed import average_over_ranks, number_of_ranks, statistics_of
 from moelora.errors import AuxLossError
 from moelora.losses import auxiliary_losses, gradient_by_statistics, loss_of_statistics
+from moelora.ops.gradients import is_autocast
 from moelora.outputs import carried_tensors, with_aux_loss, with_tensors
 from moelora.routing import Routing
 from moelora.scope import RoutingScope, Tape, TapeEntry
@@ -343,9 +344,7 @@ def _outside_scale(
     device_type: str, kwargs: dict[str, Any], told_scale: float | None
 ) -> float | str:
     """The scale of a loss that is computed outside of the model, or why it cannot be known."""
-    if torch.is_autocast_enabled(device_type) and (
-        torch.get_autocast_dtype(device_type) == torch.float16
-    ):
+    if is_autocast(device_type) and torch.get_autocast_dtype(device_type) == torch.float16:
         return _FLOAT16
     if told_scale is not None:
         return told_scale

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from moelora.ops import combine_linear, mix_ranks
+from moelora.ops.gradients import is_autocast
 
 
 class FrozenLinear(NamedTuple):
@@ -50,12 +51,22 @@ def is_traced(x: Tensor) -> bool:
     """Whether something watches single operations, or changes what they mean."""
     return (
         torch.compiler.is_compiling()
-        or torch.is_autocast_enabled("cuda" if x.is_cuda else x.device.type)
+        or _autocast_changes(x)
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
         or _has_global_hooks()
     )
+
+
+def _autocast_changes(x: Tensor) -> bool:
+    """Whether autocast lets a layer compute in another dtype than that of its input.
+
+    Where it is the same the frozen layer gives what it gives without autocast, and the adapters'
+    products run in that dtype too, with float32 sums. The ops switch autocast off inside.
+    """
+    device_type = "cuda" if x.is_cuda else x.device.type
+    return is_autocast(device_type) and torch.get_autocast_dtype(device_type) is not x.dtype
 
 
 def is_transformed(x: Tensor) -> bool:

@@ -489,6 +489,7 @@ NO_CONTRACT = {
     "_buffers": "torch reads it itself; the fused path is tested with it",
     "_version": "torch reads it itself; the fused path is tested with it",
     "_are_functorch_transforms_active": "torch reads it itself; the fused path is tested with it",
+    "_is_any_autocast_enabled": "torch reads it itself; the fused path is tested with it",
     "_current_level": "torch reads it itself; the fused path is tested with it",
     "_backward_hooks": "torch reads it itself; the fused path is tested with it",
     "_backward_pre_hooks": "torch reads it itself; the fused path is tested with it",

@@ -9,9 +9,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.utils.parametrize as parametrize
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from tests.lm import explicit_weights, gradients_of, lora_layers, mixture, token_ids, two_loras
+from tests.lm import (
+    explicit_weights,
+    gradients_of,
+    lora_layers,
+    mixture,
+    mixture_config,
+    perturb,
+    tiny_llama,
+    token_ids,
+    two_loras,
+)
 from tests.mixtures import draw_input, moe_config, moe_model
 from tests.models import gradients, one_layer
 from tests.tolerances import assert_close, assert_equal
@@ -173,3 +184,82 @@ def test_under_autocast_the_output_keeps_the_layers_dtype() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = layer(x)
     assert (found.float() - expected).norm() < 3e-2 * expected.norm()
+
+
+# Autocast ----------------------------------------------------------------------------------------
+
+
+def bfloat16_mixture(**fields: Any) -> PeftModel:
+    """A model of bfloat16 throughout, whose layers are routed in one op."""
+    base = tiny_llama().bfloat16()
+    model = get_peft_model(base, mixture_config(**fields), autocast_adapter_dtype=False)
+    perturb(model)
+    return model.train()
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
+@pytest.mark.parametrize("experts", [3, 16], ids=["few experts", "many experts"])
+def test_autocast_to_the_models_own_dtype_changes_nothing(inside: bool, experts: int) -> None:
+    model = bfloat16_mixture(num_experts=experts)
+    ids = token_ids()
+
+    def step() -> tuple[Tensor, list[Tensor | None]]:
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        if not inside:
+            with torch.autocast("cpu", enabled=False):
+                loss.backward()
+        else:
+            loss.backward()
+        return loss.detach(), gradients_of(model)
+
+    # groups are known from the second forward on
+    step()
+    loss, expected = step()
+    plans = {name: planned(layer) for name, layer in lora_layers(model).items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        same_loss, found = step()
+    for name, layer in lora_layers(model).items():
+        assert planned(layer) is plans[name] is not None
+    assert_close(same_loss, loss)
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["routed", "explicit weights"])
+def test_layers_of_the_autocast_dtype_are_fused_without_gradients_too(
+    explicit: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, told = bfloat16_mixture().eval(), {}
+    if explicit:
+        told = {"routing_weights": explicit_weights(experts=3)}
+    ids = token_ids()
+    with torch.no_grad():
+        expected = model(input_ids=ids, **told).logits
+        monkeypatch.setattr("moelora.layer.lora_combine", None)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model(input_ids=ids, **told).logits
+    assert_close(found, expected)
+
+
+def planned(layer: Any) -> Any:
+    return layer.__dict__["_moelora_plan"]
+
+
+def test_autocast_to_another_dtype_is_left_to_pytorch() -> None:
+    layer = planned_layer().float()
+    x = draw_input().detach().float()
+    layer(x)
+    assert planned(layer) is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert planned(layer) is None
+
+
+def test_a_model_without_memory_tells_its_shapes() -> None:
+    model, ids = mixture().to("meta").train(), token_ids().to("meta")
+    output = model(input_ids=ids, labels=ids)
+    assert output.logits.shape == (2, 7, model.config.vocab_size)
+    output.loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        assert model.eval()(input_ids=ids).logits.is_meta

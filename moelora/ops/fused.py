@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moelora.ops.eager import mix_ranks
-from moelora.ops.gradients import first_order
+from moelora.ops.gradients import first_order, in_given_dtypes
 from moelora.ops.products import base_gradient, base_product, in_shape, wide_mm
 
 
@@ -67,6 +67,7 @@ def _weight_gradient(grad_mixed: Tensor, ranks: Tensor, weights: Tensor) -> Tens
     return per_expert.sum(dim=-1, dtype=weights.dtype)
 
 
+@in_given_dtypes
 def combine_linear(
     x: Tensor,
     base_weight: Tensor,

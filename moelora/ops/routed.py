@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moelora.ops.backend import Choice, explain
+from moelora.ops.gradients import in_given_dtypes
 from moelora.ops.options import Member, RoutedOutput, RouterOptions
 from moelora.ops.packing import Packer
 from moelora.ops.products import base_output, wide_mm
@@ -85,6 +86,7 @@ def routed_linear(
     )[0]  # fmt: skip
 
 
+@in_given_dtypes
 def routed_linears(
     x: Tensor,
     members: Sequence[Member],
@@ -262,6 +264,7 @@ def _choice(x: Tensor, member: Member, options: RouterOptions, backend: str) -> 
     )
 
 
+@in_given_dtypes
 def routed_linears_inference(
     x: Tensor,
     members: Sequence[Member],
