@@ -47,8 +47,8 @@ class _TorchRandom:
         torch.set_rng_state(state)
 
 
-#: Trainers, compilers, launchers and examples around lines that the other tests run too. Counting
-#: lines slows all of Python down, theirs by a third.
+#: Trainers, compilers, launchers, examples and layers on interpreted kernels, around lines that the
+#: other tests run too. Counting lines makes them a third slower, and interpreted kernels twice.
 UNMEASURED = (
     "tests/architecture_table/",
     "tests/compatibility/",
@@ -56,8 +56,10 @@ UNMEASURED = (
     "tests/docs/",
     "tests/examples/",
     "tests/generation/",
+    "tests/ops/test_routed_together.py",
     "tests/trainer/",
     "tests/test_compile.py",
+    "tests/test_shared_input.py",
 )
 
 # hypothesis keeps only a weak reference.

@@ -97,7 +97,7 @@ def test_a_run_prints_the_table_and_writes_the_folder(
 @contextmanager
 def _training(tiny_model: Path, toy_skills: Path, out: Path) -> Iterator[subprocess.Popen[str]]:
     """A demo in a process of its own, some way into its training."""
-    command = [sys.executable, "-m", "moelora", "demo", "--steps", "100000", "--out", str(out)]
+    command = [sys.executable, "-m", "moelora", "demo", "--steps", "3000", "--out", str(out)]
     command += ["--model", str(tiny_model), "--data", str(toy_skills)]
     with subprocess.Popen(
         command,
