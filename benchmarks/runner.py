@@ -17,7 +17,12 @@ import torch
 
 from benchmarks.baselines import Built
 from benchmarks.cases import COMPILED, Case, groups_of
-from benchmarks.correctness import WrongResultError, check, expected_of
+from benchmarks.correctness import (
+    WrongResultError,
+    check,
+    expected_of,
+    is_judged_in_float32,
+)
 from benchmarks.hosttime import measure_host, measure_launches
 from benchmarks.memory import (
     Neighbours,
@@ -153,9 +158,20 @@ class Runner:
 
     def _checked(self, case: Case, built: Built) -> tuple[dict[str, float], Step]:
         """The step to time, after it was found right."""
+        errors = self._float32_errors(case)
         expected = expected_of(case.variant, built, case.conditions)
         step = make_step(built, case.conditions)
-        return check(case.variant, built, case.conditions, step, expected), step
+        return {**errors, **check(case.variant, built, case.conditions, step, expected)}, step
+
+    def _float32_errors(self, case: Case) -> dict[str, float]:
+        """Those of the same step in float32, where they cannot be told in the model's own dtype."""
+        if not is_judged_in_float32(case.variant, case.conditions):
+            return {}
+        wide = replace(case, conditions=replace(case.conditions, dtype="fp32"))
+        errors, _ = self._checked(wide, build_for(wide.conditions, wide.variant, self.bases))
+        torch.compiler.reset()
+        release(self.device)
+        return {f"{name}, in float32": error for name, error in errors.items()}
 
     def _leak(self, case: Case, built: Built) -> dict[str, Any]:
         errors, step = self._checked(case, built)

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 import benchmarks.baselines as baselines
+import benchmarks.correctness as correctness
 import benchmarks.ops as ops
 from benchmarks.cases import BASE, LORA, MIXTURE, Case, Conditions, cases_of, groups_of, mixture
 from benchmarks.memory import live_tensors
 from benchmarks.runner import Runner, line_of, run_and_write
 from benchmarks.shapes import SHAPES, BaseModels, unique_bytes
-from benchmarks.steps import build_for
+from benchmarks.steps import build_for, training_inputs
 from benchmarks.timing import Effort, Step, time_steps
 
 CPU = torch.device("cpu")
@@ -284,3 +285,65 @@ def test_copies_of_a_base_model_share_its_weights_but_no_module() -> None:
     sizes = SHAPES["tiny"].fields
     assert unique_bytes(one) < 4 * sum(p.numel() for p in one.parameters()) + 1000
     assert sizes["tie_word_embeddings"]
+
+
+# Whose experts are compared ----------------------------------------------------------------------
+
+
+def test_a_graphs_decisions_are_those_of_a_recorded_forward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorded = []
+
+    def capture(step: Step) -> Step:
+        recorded.append(step)
+        step.run()
+        return Step(step.run)
+
+    monkeypatch.setattr(correctness, "capture", capture)
+    built = build_for(TRAIN, MIXTURE, BaseModels(CPU))
+    inputs = training_inputs(built, TRAIN, CPU)
+    forward = Step(lambda: built.call(**inputs))
+    plain = correctness.record_of(MIXTURE, built, forward, TRAIN)
+    assert not recorded
+    in_graph = correctness.record_of(MIXTURE, built, forward, replace(TRAIN, mode="graph"))
+    assert recorded == [forward]
+    assert plain.keys() == in_graph.keys()
+    for name, routing in plain.items():
+        assert torch.equal(routing.routing_weights, in_graph[name].routing_weights)
+        # copies: the graph's own memory is written anew by each replay
+        assert routing.routing_weights.data_ptr() != in_graph[name].routing_weights.data_ptr()
+
+
+@pytest.mark.parametrize("kind", ["train", "prefill"])
+def test_a_compiled_half_precision_mixture_is_held_against_the_slow_way_in_float32(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    conditions = Conditions(kind, "tiny", 2, 8, mode="compile")
+    (result,) = run(Case(conditions, MIXTURE))
+    name = "loss" if kind == "train" else "logits"
+    assert result["status"] == "ok", result
+    assert result["errors"][name] == 0
+    assert 0 < result["errors"][f"{name}, in float32"] < 1e-4
+    in_float32 = [key for key in result["errors"] if key.endswith(", in float32")]
+    assert len(in_float32) == (4 if kind == "train" else 1)
+    (plain,) = run(Case(conditions, LORA))
+    assert not any("float32" in key for key in plain["errors"])
+
+
+def test_a_compiled_mixture_that_is_wrong_in_float32_has_no_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def wrong(model: Any) -> Any:
+        def call(**inputs: Any) -> Any:
+            output = model(**inputs)
+            output.logits = output.logits * 1.001
+            return output
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", wrong)
+    (result,) = run(Case(Conditions("prefill", "tiny", 2, 8, mode="compile"), MIXTURE))
+    assert result["status"] == "wrong"
+    assert "logits: relative error 1.00e-03" in result["reason"]
