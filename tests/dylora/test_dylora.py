@@ -119,11 +119,12 @@ def test_expert_id_training(scope: Any) -> None:
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_an_expert_given_by_id_equals_that_weight_alone(scope: Any) -> None:
-    model, ids = dylora(3, router_scope=scope), token_ids()
+    # float32 sums of two ways differ by processor
+    model, ids = dylora(3, router_scope=scope).double(), token_ids()
     for index in range(3):
         alone = model(ids, expert_id=index).logits
         model.expert_manager.activate_all_experts()
-        one_hot = torch.eye(3)[index]
+        one_hot = torch.eye(3, dtype=torch.float64)[index]
         assert_close(model.foundation_model(ids, routing_weights=one_hot).logits, alone)
 
 
@@ -214,7 +215,7 @@ def test_the_weights_told_are_the_mean_over_all_routers() -> None:
 
 def test_one_router_reads_the_final_states_of_the_frozen_model() -> None:
     """``router_scope="model"``: the two passes of DyLoRA-MoE, written out."""
-    model, ids = dylora(3, router_scope="model"), token_ids()
+    model, ids = dylora(3, router_scope="model").double(), token_ids()
     with model.foundation_model.disable_adapter(), torch.no_grad():
         states = model.foundation_model.get_base_model().model(ids).last_hidden_state
     rows = [p for n, p in model.named_parameters() if ".lora_router." in n]

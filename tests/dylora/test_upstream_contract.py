@@ -191,9 +191,10 @@ def test_training_moves_every_expert_and_the_gate(folder: Path) -> None:
 
 
 def test_weights_reach_the_layers_and_are_not_swallowed(folder: Path) -> None:
-    model, (ids, mask) = made(folder).eval(), data()
+    # float32 sums of two ways differ by processor
+    model, (ids, mask) = made(folder).eval().double(), data()
     model(ids, attention_mask=mask)
-    one_hot = torch.zeros(2, 10, 3)
+    one_hot = torch.zeros(2, 10, 3, dtype=torch.float64)
     one_hot[..., 2] = 1
     model.choose_all()
     routed = model.run(ids, mask, routing_weights=one_hot).logits
