@@ -62,7 +62,7 @@ SWEEPS = (
 
 def _is_plain_mixture(result: dict[str, Any]) -> bool:
     sizes = result["sizes"]
-    return sizes["kind"] == "moelora" and not sizes["detail"]
+    return sizes["kind"] == "moelora" and not (sizes["detail"] or sizes["adapter_dtype"])
 
 
 def _points(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,10 @@ def test_pictures_are_drawn_of_what_was_measured_and_nothing_else(tmp_path: Path
     first = [path.read_bytes() for path in drawn]
     assert b"one PEFT LoRA" in first[0]
     assert all(b">A GPU<" in content for content in first)
+    # other mixtures of the same sizes are no points of the line
+    others = [replace(mixture(8), adapter_dtype="base"), mixture(8, detail="layer")]
+    results += [timed(SWEEP, variant, 7.0, peak_mib=9.0) for variant in others]
+    run = {**run, "results": results}
     assert [path.read_bytes() for path in draw_all([run], tmp_path)] == first
     assert draw_all([], tmp_path / "none") == []
     # a newer device that was not swept is not drawn, one that was is
