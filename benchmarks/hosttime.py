@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from benchmarks.cases import Case, Conditions
 from benchmarks.correctness import check, expected_of
 from benchmarks.shapes import BaseModels, adapted_layers
 from benchmarks.steps import build_for, make_step
-from benchmarks.timing import Effort, Step, host_time, kernel_profile, summary
+from benchmarks.timing import Effort, Step, host_time, kernel_profile, median, summary
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,25 @@ class _Way:
 
 
 _WAYS = (_Way("forward", "prefill"), _Way("training", "train"))
+#: Of turns, so that what slows the host down for a while slows everyone.
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class HostSteps:
+    """A variant that was found right, ready to be timed.
+
+    Attributes:
+        case: which.
+        errors: how right, by way.
+        steps: by way.
+        linears: how many of its layers are adapted.
+    """
+
+    case: Case
+    errors: dict[str, float]
+    steps: dict[str, Step]
+    linears: int
 
 
 def _step(conditions: Conditions, variant: Variant, bases: BaseModels, way: _Way) -> Any:
@@ -35,8 +55,20 @@ def _step(conditions: Conditions, variant: Variant, bases: BaseModels, way: _Way
     return built, step, check(variant, built, there, step, expected)
 
 
-def linear_host_time(bases: BaseModels, conditions: Conditions, effort: Effort) -> dict[str, float]:
-    """Microseconds of the host for one frozen linear, forward and with backward."""
+def host_steps(case: Case, bases: BaseModels) -> HostSteps:
+    """Build and check a variant, forward without gradients and in training with its losses."""
+    errors: dict[str, float] = {}
+    steps: dict[str, Step] = {}
+    linears = 0
+    for way in _WAYS:
+        built, steps[way.name], found = _step(case.conditions, case.variant, bases, way)
+        errors.update({f"{way.name} {name}": error for name, error in found.items()})
+        linears = _linears(built)
+    return HostSteps(case, errors, steps, linears)
+
+
+def linear_steps(bases: BaseModels, conditions: Conditions) -> HostSteps:
+    """One frozen linear, forward and with backward."""
     base = bases.copy_of(conditions.shape, conditions.dtype)
     weight = next(p for p in base.parameters() if p.ndim == 2 and p.shape[0] == p.shape[1])
     x = torch.randn(1, conditions.tokens, weight.shape[1]).to(weight).requires_grad_()
@@ -50,38 +82,57 @@ def linear_host_time(bases: BaseModels, conditions: Conditions, effort: Effort) 
 
     forward = Step(torch.no_grad()(lambda: F.linear(x, weight)))
     steps = {"forward": forward, "training": Step(both, prepare=forget)}
-    runs = 20 * effort.least
-    return {
-        name: summary(host_time(step, weight.device, runs=runs))["p50"]
-        for name, step in steps.items()
-    }
+    return HostSteps(Case(conditions, Variant("linear")), {}, steps, 0)
 
 
-def measure_host(case: Case, bases: BaseModels, effort: Effort) -> dict[str, Any]:
-    """Host time per adapted linear in a whole model, training with its losses.
+def measure_hosts(
+    joined: Sequence[HostSteps], bases: BaseModels, effort: Effort
+) -> list[dict[str, Any]]:
+    """Host time per adapted linear of several variants, all in turns with their base.
 
     ``(variant - base) / linears`` is what an adapter adds to one linear, and with the time of a
-    plain linear it is one adapted linear's. Both models are measured in turns.
+    plain linear it is one adapted linear's.
+
+    Args:
+        joined: the variants, of one group.
+        bases: their base models.
+        effort: how often.
+
+    Returns:
+        The metrics of each.
     """
+    conditions = joined[0].case.conditions
+    alone = linear_steps(bases, conditions)
+    base = host_steps(Case(conditions, Variant("base")), bases)
+    everyone = [alone, base, *joined]
+    times: list[dict[str, list[float]]] = [{way.name: [] for way in _WAYS} for _ in everyone]
+    for _ in range(_ROUNDS):
+        for way in _WAYS:
+            for one, found in zip(everyone, times, strict=True):
+                # a lone linear is short, so it is run more often
+                runs = max(1, effort.most // _ROUNDS) * (10 if one is alone else 1)
+                found[way.name] += host_time(one.steps[way.name], bases.device, runs=runs)
+    return [
+        _metrics(one, found, base=times[1], alone=times[0])
+        for one, found in zip(joined, times[2:], strict=True)
+    ]
+
+
+def _metrics(
+    one: HostSteps,
+    times: dict[str, list[float]],
+    *,
+    base: dict[str, list[float]],
+    alone: dict[str, list[float]],
+) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
-    errors: dict[str, float] = {}
-    alone = linear_host_time(bases, case.conditions, effort)
-    for way in _WAYS:
-        built, step, found = _step(case.conditions, case.variant, bases, way)
-        errors.update({f"{way.name} {name}": error for name, error in found.items()})
-        _, base_step, _ = _step(case.conditions, Variant("base"), bases, way)
-        device = next(built.model.parameters()).device
-        times, base_times = [], []
-        for _ in range(2):
-            times += host_time(step, device, runs=effort.most // 2)
-            base_times += host_time(base_step, device, runs=effort.most // 2)
-        metrics[f"{way.name}_model_us"] = summary(times)
-        linears = _linears(built)
-        if linears:
-            added = (summary(times)["p50"] - summary(base_times)["p50"]) / linears
-            metrics[f"{way.name}_added_us_per_linear"] = added
-            metrics[f"{way.name}_us_per_linear"] = added + alone[way.name]
-    return {"metrics": metrics, "errors": errors}
+    for name, samples in times.items():
+        metrics[f"{name}_model_us"] = summary(samples)
+        if one.linears:
+            added = (median(samples) - median(base[name])) / one.linears
+            metrics[f"{name}_added_us_per_linear"] = added
+            metrics[f"{name}_us_per_linear"] = added + median(alone[name])
+    return metrics
 
 
 def measure_launches(case: Case, bases: BaseModels) -> dict[str, float]:

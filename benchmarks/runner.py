@@ -23,7 +23,7 @@ from benchmarks.correctness import (
     expected_of,
     is_judged_in_float32,
 )
-from benchmarks.hosttime import measure_host, measure_launches
+from benchmarks.hosttime import HostSteps, host_steps, measure_hosts, measure_launches
 from benchmarks.memory import (
     Neighbours,
     growth,
@@ -83,6 +83,8 @@ class Runner:
         for conditions, members in groups_of(cases).items():
             if conditions.in_turns:
                 yield from self._group_in_turns(members)
+            elif conditions.kind == "host":
+                yield from self._host_group(members)
             else:
                 for case in members:
                     yield self._outcome(case)
@@ -115,8 +117,6 @@ class Runner:
             return measure_op(
                 case.variant, case.conditions, self.device, effort=self.effort, peak=peak
             )
-        if kind == "host":
-            return measure_host(case, self.bases, self.effort)
         built = build_for(case.conditions, case.variant, self.bases)
         if kind == "leak":
             return self._leak(case, built)
@@ -201,6 +201,37 @@ class Runner:
         steps.clear()
         release(self.device)
         yield from results.values()
+
+    def _host_group(self, members: Sequence[Case]) -> Iterable[dict[str, Any]]:
+        """The host's time of all variants of a group, in turns with their base."""
+        results: dict[Case, dict[str, Any]] = {}
+        joined: list[HostSteps] = []
+        for case in members:
+            if self.elapsed > self.seconds:
+                results[case] = result_of(case, status="skipped", reason="no time left")
+                continue
+
+            def join(case: Case = case) -> dict[str, Any]:
+                joined.append(host_steps(case, self.bases))
+                return {"errors": joined[-1].errors}
+
+            results[case] = guarded(case, join)
+            tell(f"[{self.elapsed:6.1f} s] {case.name}: checked, {results[case]['status']}")
+        for one, metrics in zip(joined, self._host_metrics(joined), strict=True):
+            results[one.case].update(metrics)
+        joined.clear()
+        release(self.device)
+        yield from results.values()
+
+    def _host_metrics(self, joined: Sequence[HostSteps]) -> list[dict[str, Any]]:
+        """What each result is to be updated with: its metrics, or why there are none."""
+        if not joined:
+            return []
+        try:
+            found = measure_hosts(joined, self.bases, self.effort)
+        except Exception as error:  # noqa: BLE001 - becomes results that say so
+            return [outcome_of(one.case, error) for one in joined]
+        return [{"metrics": metrics} for metrics in found]
 
     def _join(self, case: Case, steps: dict[Case, Step], neighbours: Neighbours) -> dict[str, Any]:
         """Build a variant beside those in ``steps``, check it, look at its memory, add it."""

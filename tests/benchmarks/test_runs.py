@@ -16,7 +16,9 @@ from torch import Tensor
 
 import benchmarks.baselines as baselines
 import benchmarks.correctness as correctness
+import benchmarks.hosttime as hosttime
 import benchmarks.ops as ops
+import benchmarks.runner as runner_module
 from benchmarks.cases import BASE, LORA, MIXTURE, Case, Conditions, cases_of, groups_of, mixture
 from benchmarks.memory import live_tensors
 from benchmarks.runner import Runner, line_of, run_and_write
@@ -347,3 +349,52 @@ def test_a_compiled_mixture_that_is_wrong_in_float32_has_no_time(
     (result,) = run(Case(Conditions("prefill", "tiny", 2, 8, mode="compile"), MIXTURE))
     assert result["status"] == "wrong"
     assert "logits: relative error 1.00e-03" in result["reason"]
+
+
+# Host times --------------------------------------------------------------------------------------
+
+HOST = Conditions("host", "tiny", 1, 4, dtype="fp32")
+
+
+def test_host_times_of_a_group_come_in_turns_with_their_base(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    turns: list[Step] = []
+
+    def host_time(step: Step, device: torch.device, *, runs: int) -> list[float]:
+        turns.append(step)
+        return [10.0] * runs
+
+    monkeypatch.setattr(hosttime, "host_time", host_time)
+    results = run(Case(HOST, LORA), Case(HOST, MIXTURE))
+    # a linear, the base, and both variants, forward and in training, each the same in each round
+    assert len(set(map(id, turns[:8]))) == 8
+    assert [id(step) for step in turns] == [id(step) for step in turns[:8]] * 5
+    for result in results:
+        metrics = result["metrics"]
+        assert metrics["forward_us_per_linear"] == metrics["training_us_per_linear"] == 10
+        assert metrics["training_added_us_per_linear"] == 0
+
+
+def test_a_variant_without_host_times_takes_no_other_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = hosttime.host_steps
+
+    def host_steps(case: Case, bases: BaseModels) -> Any:
+        if case.variant == LORA:
+            raise RuntimeError("no LoRA today")
+        return right(case, bases)
+
+    monkeypatch.setattr(runner_module, "host_steps", host_steps)
+    first, second = run(Case(HOST, LORA), Case(HOST, MIXTURE))
+    assert (first["status"], first["reason"]) == ("failed", "RuntimeError: no LoRA today")
+    assert second["status"] == "ok"
+    assert second["metrics"]["training_us_per_linear"] > 0
+
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("no clock")
+
+    monkeypatch.setattr(runner_module, "measure_hosts", failing)
+    (third,) = run(Case(HOST, MIXTURE))
+    assert (third["status"], third["reason"]) == ("failed", "RuntimeError: no clock")
