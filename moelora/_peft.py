@@ -346,12 +346,14 @@ def _init_subclass(_original: Any) -> Any:
 
 def _routed_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     from moelora.layer import needs_routing, routed_forward
+    from moelora.routed_layer import has_plan
 
     first = list(inspect.signature(original).parameters)[1]
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not needs_routing(self, kwargs):
+        # a layer with a plan was routed before; whether it still is comes out with the plan
+        if not has_plan(self) and not needs_routing(self, kwargs):
             return original(self, *args, **kwargs)
         if not args:
             args = (kwargs.pop(first),)

@@ -387,6 +387,11 @@ def plan_of(layer: Any, x: Tensor) -> RoutedPlan | None:
     return plan
 
 
+def has_plan(layer: nn.Module) -> bool:
+    """Whether the layer was routed in one op when it was last looked at."""
+    return layer.__dict__.get(_PLAN) is not None
+
+
 def forget_plan(layer: nn.Module) -> None:
     """Let a layer's next call make its plan anew."""
     layer.__dict__.pop(_PLAN, None)
