@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from moelora._peft import WHOLE_WEIGHT_LAYERS
+from moelora.errors import UnsupportedLayerError
 from moelora.ops import combine_linear, mix_ranks
 from moelora.ops.gradients import is_autocast
 
@@ -45,6 +47,39 @@ def fusable(layer: Any, x: Tensor, adapters: list[str]) -> FrozenLinear | None:
         if not _is_plain_pair(layer, adapter, x):
             return None
     return FrozenLinear(weight, bias, kind is Conv1D)
+
+
+def mixes_beside(layer: Any, x: Tensor, adapter: str) -> bool:
+    """Whether the ops compute an adapter's update, beside a base that computes itself.
+
+    So they do for quantised, trained and otherwise unusual bases of linear layers.
+    """
+    if type(x) is not Tensor or not x.is_floating_point() or is_traced(x):
+        return False
+    return not isinstance(layer, WHOLE_WEIGHT_LAYERS) and _is_plain_pair(layer, adapter, x)
+
+
+def base_output(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """What a layer's base gives.
+
+    Args:
+        layer: a LoRA layer.
+        x: its input.
+        *args: passed on.
+        **kwargs: passed on.
+
+    Raises:
+        UnsupportedLayerError: if it is no tensor, to which no update can be added.
+    """
+    output = layer.base_layer(x, *args, **kwargs)
+    if isinstance(output, Tensor):
+        return output
+    binding = layer.__dict__.get("_moelora_binding")
+    name = type(layer).__name__ if binding is None else binding.name
+    raise UnsupportedLayerError(
+        f"Layer {name!r} cannot be routed: its base layer {type(layer.get_base_layer()).__name__} "
+        f"returns {type(output).__name__}, not a tensor."
+    )
 
 
 def is_traced(x: Tensor) -> bool:

@@ -16,6 +16,7 @@ from moelora.alignment import align_routing_weights, check_routing_weights
 from moelora.decision import MixtureSpec, consecutive_columns, decide
 from moelora.errors import RoutingWeightsError, UnsupportedLayerError
 from moelora.fused_layer import (
+    base_output,
     combine,
     fusable,
     is_plain_linear,
@@ -142,12 +143,7 @@ def _mixed_forward(
         if output is not None:
             return output
     variant_kwargs = {key: kwargs.pop(key, None) for key in _peft.VARIANT_KWARG_KEYS}
-    base = layer.base_layer(x, *args, **kwargs)
-    if not isinstance(base, Tensor):
-        raise UnsupportedLayerError(
-            f"Layer {_name(layer)!r} cannot be routed: its base layer "
-            f"{type(layer.get_base_layer()).__name__} returns {type(base).__name__}, not a tensor."
-        )
+    base = base_output(layer, x, *args, **kwargs)
     if weights is None:
         weight_of = _routed_weights(layer, x, frame)
     else:

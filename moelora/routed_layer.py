@@ -1,5 +1,7 @@
 """Layers routed in one op: one mixture, a linear router of the layer's own.
 
+The op computes a plain frozen base as well; any other base of a linear layer computes itself.
+
 Everything such a layer needs is looked up once and kept as its plan; each call only checks that
 nothing has changed. On a GPU a small layer's arithmetic takes less time than such look-ups do.
 """
@@ -12,7 +14,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moelora.decision import MixtureSpec, report
-from moelora.fused_layer import fusable, is_bare, is_traced
+from moelora.fused_layer import (
+    base_output,
+    fusable,
+    is_bare,
+    is_traced,
+    mixes_beside,
+)
 from moelora.ops import (
     Member,
     RoutedOutput,
@@ -41,7 +49,9 @@ class RoutedPlan:
     Copies and pickles of a layer make their own.
     """
 
-    def __init__(self, layer: Any, adapter: str, spec: MixtureSpec, x: Tensor) -> None:
+    def __init__(
+        self, layer: Any, adapter: str, spec: MixtureSpec, x: Tensor, *, fuses_base: bool
+    ) -> None:
         self.adapter, self.spec = adapter, spec
         self.active = layer._active_adapter
         self.scaling = layer.scaling[adapter]
@@ -52,7 +62,12 @@ class RoutedPlan:
         self.base = layer._modules["base_layer"]
         self.parts = tuple(holder._modules[adapter] for holder in holders)
         self.drops = type(self.parts[2]) is not nn.Identity
-        self.weight, self.bias = self.base._parameters["weight"], self.base._parameters.get("bias")
+        #: None if the base computes itself, and the ops the update alone
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        if fuses_base:
+            self.weight = self.base._parameters["weight"]
+            self.bias = self.base._parameters.get("bias")
         lora_a, lora_b, _, router = self.parts
         self.tensors: tuple[Any, Any, Any] = (lora_a.weight, lora_b.weight, router.weight)
         self.dtypes = tuple(tensor.dtype for tensor in self.tensors)
@@ -67,7 +82,7 @@ class RoutedPlan:
         )
         #: what the next hook registered anywhere was to be numbered when the parts had none
         self._hooks_from: int | None = None
-        self.is_conv1d = type(self.base) is not nn.Linear
+        self.is_conv1d = fuses_base and type(self.base) is not nn.Linear
         # told to a layer by tests, which run the kernels in Triton's interpreter
         self.backend: str = layer.__dict__.get("_moelora_backend", "auto")
         #: whether the ops may leave unchosen experts out
@@ -84,7 +99,7 @@ class RoutedPlan:
         #: layers of one kind may be computed together
         self.kind = (
             adapter, spec, self.scaling, self.dtypes, lora_a.weight.shape, router.mature is None,
-            self.backend,
+            self.backend, fuses_base,
         )  # fmt: skip
         self.kept = KeptRows() if layer.__dict__.get(KEEPS_ROWS) and self.uses_kernels else None
         self._member: Member | None = None
@@ -140,6 +155,8 @@ class RoutedPlan:
                 or not tensor.is_contiguous()
             ):
                 return False
+        if weight is None:
+            return self._has_no_hooks()
         parameters = self.base._parameters
         return (
             "forward" not in self.base.__dict__
@@ -155,7 +172,8 @@ class RoutedPlan:
     def _has_no_hooks(self) -> bool:
         """Whether no part has a hook; looked at again only after one was registered somewhere."""
         if self._hooks_from != RemovableHandle.next_id:
-            if not all(is_bare(part) for part in (*self.parts, self.base)):
+            looked_at = self.parts if self.weight is None else (*self.parts, self.base)
+            if not all(is_bare(part) for part in looked_at):
                 return False
             self._hooks_from = RemovableHandle.next_id
         return True
@@ -360,13 +378,30 @@ def planned_forward(
             if frame.inputs.watch is not None:
                 frame.inputs.watch.see(binding.name, layer, x)
             plan: RoutedPlan = ready.plan
-            return plan.finish(ready.result, binding, frame, token_mask=token_mask())
+            output = plan.finish(ready.result, binding, frame, token_mask=token_mask())
+            return output if plan.weight is not None else beside_base(layer, x, output)
     found = plan_of(layer, x)
     if found is None:
         return None
     mask = token_mask()
     result = found.compute(layer, x, binding, frame, token_mask=mask)
-    return found.finish(result, binding, frame, token_mask=mask)
+    output = found.finish(result, binding, frame, token_mask=mask)
+    return output if found.weight is not None else beside_base(layer, x, output)
+
+
+def beside_base(layer: Any, x: Tensor, update: Tensor) -> Tensor:
+    """The output of a layer whose base computes itself, in the base's dtype.
+
+    Args:
+        layer: a LoRA layer.
+        x: its input.
+        update: what the ops gave.
+
+    Raises:
+        UnsupportedLayerError: if the base returns anything but a tensor.
+    """
+    output = base_output(layer, x)
+    return (output + update).to(output.dtype)
 
 
 def plan_of(layer: Any, x: Tensor) -> RoutedPlan | None:
@@ -420,7 +455,10 @@ def _new_plan(layer: Any, x: Tensor) -> RoutedPlan | None:
         return None
     if spec.num_experts == 1 or (layer.training and spec.expert_dropout > 0):
         return None
-    if fusable(layer, x, active) is None or not is_bare(router) or router.reads_indices:
+    if not is_bare(router) or router.reads_indices:
         return None
-    plan = RoutedPlan(layer, adapter, spec, x)
+    fuses_base = fusable(layer, x, active) is not None
+    if not fuses_base and not mixes_beside(layer, x, adapter):
+        return None
+    plan = RoutedPlan(layer, adapter, spec, x, fuses_base=fuses_base)
     return plan if plan.holds(layer, x) else None

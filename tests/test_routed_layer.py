@@ -12,7 +12,9 @@ import torch.nn.utils.parametrize as parametrize
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from moelora import UnsupportedLayerError, record_routing
 from tests.lm import (
+    checkpoint_blocks,
     explicit_weights,
     gradients_of,
     lora_layers,
@@ -263,3 +265,98 @@ def test_a_model_without_memory_tells_its_shapes() -> None:
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     with torch.no_grad():
         assert model.eval()(input_ids=ids).logits.is_meta
+
+
+# Bases that compute themselves --------------------------------------------------------------------
+
+
+class OwnLinear(nn.Linear):
+    """A class of its own, as quantised layers are."""
+
+
+def general(run: Any, model: nn.Module) -> Any:
+    """What ``run`` gives where layers are not routed in one op: their decisions keep a graph."""
+    with record_routing(model, keep_graph=True):
+        return run()
+
+
+def unusual(model: PeftModel, kind: str) -> PeftModel:
+    """The model with bases that the ops do not compute."""
+    for layer in lora_layers(model).values():
+        base = layer.base_layer
+        if kind == "trained":
+            base.weight.requires_grad_()
+        elif kind == "hooked":
+            base.register_forward_hook(lambda _base, _args, output: 2 * output)
+        elif kind == "wrapped":
+            base.forward = lambda x, forward=base.forward: forward(x) + 1
+        else:
+            layer.base_layer = OwnLinear(base.in_features, base.out_features, bias=False).to(
+                base.weight.dtype
+            )
+            layer.base_layer.weight = base.weight
+    return model
+
+
+KINDS = ("trained", "hooked", "wrapped", "own class")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "checkpointing", [None, False, True], ids=["plain", "nonreentrant", "reentrant"]
+)
+def test_a_mixture_beside_any_base_trains_as_in_the_general_way(
+    kind: str, checkpointing: bool | None
+) -> None:
+    model = unusual(mixture().train(), kind)
+    if checkpointing is not None:
+        checkpoint_blocks(model, use_reentrant=checkpointing)
+    ids = token_ids()
+    leaves = [p for p in model.parameters() if p.requires_grad]
+
+    def step() -> tuple[Tensor, list[Tensor]]:
+        for leaf in leaves:
+            leaf.grad = None
+        output = model(input_ids=ids, labels=ids)
+        output.loss.backward()
+        return output.loss.detach(), [leaf.grad for leaf in leaves]
+
+    expected = general(step, model)
+    # groups are known from the second forward on
+    for _ in range(2):
+        assert_close(step(), expected)
+    for layer in lora_layers(model).values():
+        assert planned(layer).weight is None
+    if kind == "trained":
+        weights = [layer.base_layer.weight for layer in lora_layers(model).values()]
+        assert all(weight.grad is not None for weight in weights)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [1, 20], ids=["a token", "many tokens"])
+def test_a_mixture_beside_any_base_infers_as_in_the_general_way(kind: str, length: int) -> None:
+    model = unusual(mixture().eval(), kind)
+    ids = token_ids(2, length)
+    with torch.no_grad():
+        expected = general(lambda: model(input_ids=ids).logits, model)
+        for _ in range(2):
+            assert_close(model(input_ids=ids).logits, expected)
+    assert all(planned(layer).weight is None for layer in lora_layers(model).values())
+
+
+def test_a_base_that_gets_a_hook_computes_itself_from_then_on() -> None:
+    layer, x = planned_layer(), draw_input()
+    assert planned(layer).weight is layer.base_layer.weight
+    plain = layer(x)
+    handle = layer.base_layer.register_forward_hook(lambda _base, _args, output: output + 1)
+    assert_close(layer(x), plain + 1)
+    assert planned(layer).weight is None
+    handle.remove()
+    assert_close(layer(x), plain)
+
+
+def test_a_base_without_a_tensor_is_refused_by_name() -> None:
+    layer, x = planned_layer(), draw_input()
+    layer.base_layer.register_forward_hook(lambda _base, _args, output: (output,))
+    with pytest.raises(UnsupportedLayerError, match="'layer' cannot be routed: .* returns tuple"):
+        layer(x)

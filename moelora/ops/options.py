@@ -42,7 +42,8 @@ class Member(NamedTuple):
     """One of the frozen layers, with their mixtures, that read the same input.
 
     Attributes:
-        base_weight: ``(d_out, d_in)``, or ``(d_in, d_out)`` of a ``Conv1D``; no gradient.
+        base_weight: ``(d_out, d_in)``, or ``(d_in, d_out)`` of a ``Conv1D``; no gradient. None
+            if the base computes itself (quantised, trained): the output is the update alone.
         bias: ``(d_out,)`` or None; no gradient.
         lora_a: ``(experts * r, d_in)``, contiguous.
         lora_b: ``(d_out, experts * r)``, contiguous.
@@ -51,7 +52,7 @@ class Member(NamedTuple):
         is_conv1d: the base is a ``Conv1D``.
     """
 
-    base_weight: Tensor
+    base_weight: Tensor | None
     bias: Tensor | None
     lora_a: Tensor
     lora_b: Tensor

@@ -81,7 +81,7 @@ def in_shape(output: Tensor, batch: torch.Size) -> Tensor:
 def with_update(
     x: Tensor,
     flat: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     ranks: Tensor,
     lora_b: Tensor,
@@ -93,7 +93,8 @@ def with_update(
     Args:
         x: ``(*batch, d_in)``.
         flat: the same, ``(tokens, d_in)``.
-        weight: ``(d_out, d_in)``, or ``(d_in, d_out)`` of transformers' ``Conv1D``.
+        weight: ``(d_out, d_in)``, or ``(d_in, d_out)`` of transformers' ``Conv1D``; None for the
+            update alone.
         bias: ``(d_out,)`` or None.
         ranks: ``(tokens, ranks)``, scaled.
         lora_b: ``(d_out, ranks)``.
@@ -107,6 +108,8 @@ def with_update(
         >>> with_update(x, x[0], torch.ones(1, 2), None, one, 3 * one, is_conv1d=False)
         tensor([[[5.]]])
     """
+    if weight is None:
+        return torch.mm(ranks, lora_b.t()).resize_(*x.shape[:-1], lora_b.shape[0])
     if bias is not None or is_conv1d or not (flat.is_cuda or x.is_contiguous()):
         output = base_product(flat, weight, bias, is_conv1d=is_conv1d).addmm_(ranks, lora_b.t())
         return in_shape(output, x.shape)

@@ -31,7 +31,7 @@ DECODE_TOKENS = 16
 
 def routed_linear(
     x: Tensor,
-    base_weight: Tensor,
+    base_weight: Tensor | None,
     bias: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
@@ -53,7 +53,8 @@ def routed_linear(
 
     Args:
         x: ``(*batch, d_in)``.
-        base_weight: ``(d_out, d_in)``, or ``(d_in, d_out)`` of a ``Conv1D``; no gradient.
+        base_weight: ``(d_out, d_in)``, or ``(d_in, d_out)`` of a ``Conv1D``; no gradient. None for
+            the update alone.
         bias: ``(d_out,)`` or None; no gradient.
         lora_a: ``(experts * r, d_in)``, contiguous.
         lora_b: ``(d_out, experts * r)``, contiguous.
@@ -176,17 +177,17 @@ def _portions(members: Sequence[Member], choice: Choice) -> Sequence[Sequence[Me
         return [members] if len(kinds) == 1 else [(member,) for member in members]
     if len(kinds) > 1:
         raise ValueError(
-            "Layers that are routed together must have the same experts, ranks, dtypes, and "
-            f"maturity flags all or none, got {len(kinds)} kinds of layers."
+            "Layers that are routed together must have the same experts, ranks and dtypes, and "
+            f"maturity flags and base weights all or none, got {len(kinds)} kinds of layers."
         )
     return [members[start : start + MAX_MEMBERS] for start in range(0, len(members), MAX_MEMBERS)]
 
 
 def _kind(member: Member) -> tuple[Any, ...]:
     """What members that are computed together have in common."""
-    _, _, lora_a, lora_b, router, mature, _ = member
+    base, _, lora_a, lora_b, router, mature, _ = member
     dtypes = (lora_a.dtype, lora_b.dtype, router.dtype)
-    return (lora_a.shape, lora_b.shape[1], router.shape, mature is None, dtypes)
+    return (lora_a.shape, lora_b.shape[1], router.shape, mature is None, base is None, dtypes)
 
 
 def _recorded(
@@ -235,7 +236,11 @@ def _reference(
     dtypes = (torch.float32, x.dtype, member.lora_a.dtype, member.router.dtype)
     wide = functools.reduce(torch.promote_types, dtypes)
     bias = None if member.bias is None else member.bias.to(wide)
-    weight = member.base_weight.t() if member.is_conv1d else member.base_weight
+    weight = member.base_weight
+    if weight is None:
+        weight = x.new_zeros(member.lora_b.shape[0], x.shape[-1])
+    elif member.is_conv1d:
+        weight = weight.t()
     router = member.router.to(wide)
     flat = x.reshape(-1, x.shape[-1]).to(wide)
     output, sums = routed_linear_reference(
@@ -324,7 +329,9 @@ def _inference(
     decision: Tensor | None
     if 0 < flat.shape[0] <= DECODE_TOKENS:
         outputs = [
-            base_output(x, member.base_weight, member.bias, is_conv1d=member.is_conv1d)
+            x.new_zeros(*x.shape[:-1], member.lora_b.shape[0])
+            if member.base_weight is None
+            else base_output(x, member.base_weight, member.bias, is_conv1d=member.is_conv1d)
             for member in members
         ]
         is_sparse = choice.is_sparse and (first.mature is None or all_mature)

@@ -157,7 +157,9 @@ class RoutedLinearsEager(torch.autograd.Function):
             pulls = zip(grads, bases, ctx.are_conv1d, grad_ranks, lora_as, strict=True)
             grad_x = _as(scores, x.dtype) @ _as(_stacked(routers), x.dtype)
             for grad, base, is_conv1d, own, lora_a in pulls:
-                grad_x.addmm_(grad, base.t() if is_conv1d else base).addmm_(own, lora_a)
+                if base is not None:
+                    grad_x.addmm_(grad, base.t() if is_conv1d else base)
+                grad_x.addmm_(own, lora_a)
             results[0] = grad_x.view(ctx.shape)
         return tuple(results)
 

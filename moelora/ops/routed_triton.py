@@ -237,7 +237,7 @@ def route_backward(
 
 def input_gradient(
     grads: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
     are_conv1d: Sequence[bool],
     grad_z: Tensor,
     rows: Tensor,
@@ -246,20 +246,26 @@ def input_gradient(
 
     Args:
         grads: of each member's output, ``(tokens, d_out)``.
-        weights: each member's base.
+        weights: each member's base; None for all, if the bases compute themselves.
         are_conv1d: which of them are a ``Conv1D``'s.
         grad_z: of the packed products.
         rows: the packed rows.
     """
-    weights = [w.t() if is_conv1d else w for w, is_conv1d in zip(weights, are_conv1d, strict=True)]
-    if grads[0].is_cuda and update_first(weights[0].t(), None, is_conv1d=False):
+    bases = [
+        weight.t() if is_conv1d else weight
+        for weight, is_conv1d in zip(weights, are_conv1d, strict=True)
+        if weight is not None
+    ]
+    if not bases:
+        return torch.mm(grad_z, rows)
+    if grads[0].is_cuda and update_first(bases[0].t(), None, is_conv1d=False):
         total = torch.mm(grad_z, rows)
-        for grad, weight in zip(grads, weights, strict=True):
-            total.addmm_(grad, weight)
+        for grad, base in zip(grads, bases, strict=True):
+            total.addmm_(grad, base)
         return total
-    total = base_gradient(grads[0], weights[0], is_conv1d=False)
-    for grad, weight in zip(grads[1:], weights[1:], strict=True):
-        total.addmm_(grad, weight)
+    total = base_gradient(grads[0], bases[0], is_conv1d=False)
+    for grad, base in zip(grads[1:], bases[1:], strict=True):
+        total.addmm_(grad, base)
     return total.addmm_(grad_z, rows)
 
 

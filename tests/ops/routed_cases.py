@@ -16,6 +16,7 @@ from moelora.ops import (
     backend,
     routed_linear,
     routed_linear_reference,
+    routed_linears,
     routed_linears_inference,
 )
 
@@ -114,6 +115,43 @@ def of_layout(layout: str, *, tokens: int, trains: bool) -> list[float]:
     return [relative(one, other) for one, other in pairs]
 
 
+def beside_bases(name: str, dtype: torch.dtype, *, tokens: int, trains: bool) -> list[float]:
+    """The same for two layers whose bases compute themselves: outputs are updates alone."""
+    generator = torch.Generator().manual_seed(tokens)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    x, widths = normal(2, tokens, 12), (7, 5)
+    layers = [(normal(8, 12), normal(width, 8), normal(4, 12)) for width in widths]
+    directions = [normal(2, tokens, width) for width in widths]
+    options = RouterOptions(4, 2, 2.0, 1.7, 1.0 if trains else None, "switch" if trains else None)
+    ours = [tensor.clone().requires_grad_(trains) for tensor in (x, *sum(layers, ()))]
+    theirs = [tensor.double().detach().requires_grad_(trains) for tensor in ours]
+    members = [Member(None, None, *ours[start : start + 3]) for start in (1, 4)]
+    run = routed_linears if trains else routed_linears_inference
+    outputs = [each.output for each in run(ours[0], members, options=options, backend=name)]
+    expected = [
+        routed_linear_reference(
+            theirs[0].reshape(-1, 12), theirs[0].new_zeros(width, 12), None,
+            *theirs[start : start + 3], options=options,
+        )[0].reshape(2, tokens, width)
+        for start, width in zip((1, 4), widths, strict=True)
+    ]  # fmt: skip
+    pairs = list(zip(outputs, expected, strict=True))
+    if trains:
+        # what was computed may be written to
+        torch.autograd.backward([output.mul_(2) for output in outputs], directions)
+        torch.autograd.backward([2 * each for each in expected], [d.double() for d in directions])
+        pairs += [(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True)]
+        pairs[:2] = [(output / 2, each) for output, each in pairs[:2]]
+    return [relative(one, other) for one, other in pairs]
+
+
+#: Tokens of each of two rows, whether with gradients.
+BESIDE = [(2, False), (12, False), (3, True), (20, True)]
+
+
 def relative(actual: Tensor, expected: Tensor) -> float:
     """The error relative to the norm."""
     return float((actual.double() - expected).norm() / (expected.norm() + 1e-12))
@@ -146,6 +184,10 @@ def main() -> int:
             found = of_layout(layout, tokens=tokens, trains=trains)
             if not all(error < 2e-5 for error in found):
                 wrong.append((sparse_from, (layout, tokens, trains), found))
+        for tokens, trains in BESIDE:
+            found = beside_bases("triton", torch.float32, tokens=tokens, trains=trains)
+            if not all(error < 2e-5 for error in found):
+                wrong.append((sparse_from, ("beside", tokens, trains), found))
     for line in wrong:
         sys.stderr.write(f"{line}\n")
     return len(wrong)

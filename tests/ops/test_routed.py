@@ -13,7 +13,7 @@ import torch
 from moelora.errors import BackendError
 from moelora.ops import Choice, explain
 from tests.interpreter import needs_interpreter
-from tests.ops.routed_cases import CASES, LOSSES, errors
+from tests.ops.routed_cases import BESIDE, CASES, LOSSES, beside_bases, errors
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,6 +22,14 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_eager_op_equals_the_reference_with_all_gradients(case: tuple, loss_type: str) -> None:
     assert all(error < 1e-7 for error in errors(case, loss_type, "eager", torch.float64))
+
+
+@pytest.mark.parametrize("name", ["eager", "reference"])
+@pytest.mark.parametrize(("tokens", "trains"), BESIDE)
+def test_updates_alone_equal_the_reference(name: str, tokens: int, trains: bool) -> None:
+    found = beside_bases(name, torch.float64, tokens=tokens, trains=trains)
+    assert len(found) == (9 if trains else 2)
+    assert all(error < 1e-7 for error in found)
 
 
 def test_the_kernels_equal_the_reference_with_all_gradients() -> None:
