@@ -32,8 +32,17 @@ class FrozenLinear(NamedTuple):
     is_conv1d: bool
 
 
-def fusable(layer: Any, x: Tensor, adapters: list[str]) -> FrozenLinear | None:
-    """The layer's base, if base and adapters are what the fused ops compute; else None."""
+def fusable(
+    layer: Any, x: Tensor, adapters: list[str], *, drops: bool = False
+) -> FrozenLinear | None:
+    """The layer's base, if base and adapters are what the fused ops compute; else None.
+
+    Args:
+        layer: a LoRA layer.
+        x: its input.
+        adapters: which of its adapters.
+        drops: whether their dropout may be at work.
+    """
     base = layer.base_layer
     kind = type(base)
     if (kind is not nn.Linear and kind is not Conv1D) or type(x) is not Tensor:
@@ -44,7 +53,7 @@ def fusable(layer: Any, x: Tensor, adapters: list[str]) -> FrozenLinear | None:
     if not (_is_frozen(weight, x) and (bias is None or _is_frozen(bias, x))):
         return None
     for adapter in adapters:
-        if not _is_plain_pair(layer, adapter, x):
+        if not _is_plain_pair(layer, adapter, x, drops=drops):
             return None
     return FrozenLinear(weight, bias, kind is Conv1D)
 
@@ -56,7 +65,8 @@ def mixes_beside(layer: Any, x: Tensor, adapter: str) -> bool:
     """
     if type(x) is not Tensor or not x.is_floating_point() or is_traced(x):
         return False
-    return not isinstance(layer, WHOLE_WEIGHT_LAYERS) and _is_plain_pair(layer, adapter, x)
+    plain = not isinstance(layer, WHOLE_WEIGHT_LAYERS)
+    return plain and _is_plain_pair(layer, adapter, x, drops=True)
 
 
 def base_output(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -145,7 +155,7 @@ def _is_frozen(parameter: Tensor, x: Tensor) -> bool:
     )
 
 
-def _is_plain_pair(layer: Any, adapter: str, x: Tensor) -> bool:
+def _is_plain_pair(layer: Any, adapter: str, x: Tensor, *, drops: bool) -> bool:
     """Whether an adapter is one A and one B that may be multiplied in the dtype of ``x``."""
     if adapter in layer.lora_variant or adapter not in layer.lora_A:
         return False
@@ -153,7 +163,8 @@ def _is_plain_pair(layer: Any, adapter: str, x: Tensor) -> bool:
     if not (is_plain_linear(lora_a) and is_plain_linear(lora_b)) or lora_b.bias is not None:
         return False
     dropout = layer.lora_dropout[adapter]
-    if not (type(dropout) is nn.Identity or not dropout.training) or not is_bare(dropout):
+    is_idle = type(dropout) is nn.Identity or not dropout.training
+    if not (is_idle or drops) or not is_bare(dropout):
         return False
     same = lora_a.weight.dtype == x.dtype and lora_b.weight.dtype == x.dtype
     # float32 parameters beside a bfloat16 model: products in bfloat16 with float32 sums cost less
@@ -174,7 +185,8 @@ def narrows(layer: Any, adapter: str, x: Tensor) -> bool:
     """
     if not (torch.compiler.is_compiling() and x.is_cuda and x.dtype == torch.bfloat16):
         return False
-    return layer.lora_A[adapter].weight.dtype != x.dtype and _is_plain_pair(layer, adapter, x)
+    is_wider = layer.lora_A[adapter].weight.dtype != x.dtype
+    return is_wider and _is_plain_pair(layer, adapter, x, drops=False)
 
 
 def narrow_combine(x: Tensor, lora_a: Tensor, lora_b: Tensor, weights: Tensor) -> Tensor:

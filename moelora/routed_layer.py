@@ -134,7 +134,6 @@ class RoutedPlan:
             or layer.merged_adapters
             or layer.scaling[self.adapter] != self.scaling
             or modules["base_layer"] is not self.base
-            or (self.drops and layer.training)
             or (layer.training and self.spec.expert_dropout > 0)
             or layer.moe_mixtures.get(self.adapter) is not self.spec
             or self.adapter in layer.lora_variant
@@ -178,6 +177,11 @@ class RoutedPlan:
             self._hooks_from = RemovableHandle.next_id
         return True
 
+    @property
+    def dropping(self) -> bool:
+        """Whether dropout is at work, which some leave on in evaluation."""
+        return self.drops and self.parts[2].training
+
     def member(self) -> Member:
         """What the ops are told of this layer."""
         mature, known = self.parts[3]._buffers["mature"], self._member
@@ -211,7 +215,9 @@ class RoutedPlan:
             # a block that its model recomputes by itself: it has to save what its forward saved
             takes = spec.aux_loss_coef != 0 or bool(binding.scope.observers)
         options = self._options.get((training, takes)) or self._make_options(training, takes)
-        has_graph = training or takes or torch.is_grad_enabled()
+        # each layer drops other elements of one input, so their A read different ones
+        dropping = self.dropping
+        has_graph = training or takes or dropping or torch.is_grad_enabled()
         inputs = None if frame is None or binding is None else frame.inputs
         others: list[tuple[str, RoutedPlan]] = []
         if inputs is not None and binding is not None:
@@ -219,10 +225,16 @@ class RoutedPlan:
                 inputs.watch.see(binding.name, layer, x)
             group = inputs.groups.get(binding.name)
             checkpointed = frame is not None and frame.checkpointed
-            if group and (checkpointed or not (has_graph and may_be_recomputed_alone())):
+            if (
+                group
+                and not dropping
+                and (checkpointed or not (has_graph and may_be_recomputed_alone()))
+            ):
                 others = self._others(group, layer, x)
         plans = [self, *(plan for _, plan in others)]
         members = [plan.member() for plan in plans]
+        if dropping:
+            members[0] = members[0]._replace(dropped=self.parts[2](x))
         asks = self.is_large or not self.uses_kernels
         all_mature = asks and all(plan.knows_all_mature() for plan in plans)
         record = self._looks_on(binding, tape if takes else None)
@@ -262,7 +274,7 @@ class RoutedPlan:
             plan: RoutedPlan | None = other.__dict__.get(_PLAN)
             if plan is None or not plan.holds_like(self, other):
                 plan = plan_of(other, x)
-            if plan is None or plan.kind != self.kind:
+            if plan is None or plan.kind != self.kind or plan.dropping:
                 return others
             others.append((name, plan))
             if len(others) + 1 == MAX_MEMBERS:
@@ -457,7 +469,7 @@ def _new_plan(layer: Any, x: Tensor) -> RoutedPlan | None:
         return None
     if not is_bare(router) or router.reads_indices:
         return None
-    fuses_base = fusable(layer, x, active) is not None
+    fuses_base = fusable(layer, x, active, drops=True) is not None
     if not fuses_base and not mixes_beside(layer, x, adapter):
         return None
     plan = RoutedPlan(layer, adapter, spec, x, fuses_base=fuses_base)

@@ -360,3 +360,60 @@ def test_a_base_without_a_tensor_is_refused_by_name() -> None:
     layer.base_layer.register_forward_hook(lambda _base, _args, output: (output,))
     with pytest.raises(UnsupportedLayerError, match="'layer' cannot be routed: .* returns tuple"):
         layer(x)
+
+
+# Dropout -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["plain bases", "hooked bases"])
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+def test_a_mixture_with_dropout_trains_as_in_the_general_way(
+    beside: bool, checkpointing: bool | None
+) -> None:
+    model = mixture(lora_dropout=0.4).train()
+    if beside:
+        unusual(model, "hooked")
+    if checkpointing is not None:
+        checkpoint_blocks(model, use_reentrant=checkpointing)
+    ids = token_ids()
+    leaves = [p for p in model.parameters() if p.requires_grad]
+
+    def step(seed: int = 0) -> tuple[Tensor, list[Tensor]]:
+        torch.manual_seed(seed)
+        for leaf in leaves:
+            leaf.grad = None
+        output = model(input_ids=ids, labels=ids)
+        output.loss.backward()
+        return output.loss.detach(), [leaf.grad for leaf in leaves]
+
+    expected = general(step, model)
+    for _ in range(3):
+        assert_close(step(), expected)
+    assert not torch.equal(step(1)[0], expected[0])
+    for layer in lora_layers(model).values():
+        assert planned(layer) is not None
+        assert planned(layer).drops
+    # without dropout at work layers share their input's work again
+    model.eval()
+    with torch.no_grad():
+        logits = general(lambda: model(input_ids=ids).logits, model)
+        assert_close(model(input_ids=ids).logits, logits)
+
+
+def test_dropout_that_is_left_on_in_evaluation_is_at_work() -> None:
+    model, ids = mixture(lora_dropout=0.4).eval(), token_ids(2, 5)
+
+    def logits() -> Tensor:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return model(input_ids=ids).logits
+
+    idle = [logits(), logits()][1]
+    for number, layer in enumerate(lora_layers(model).values()):
+        # of some layers only: others of the same input must not be served together with them
+        layer.lora_dropout.train(number % 3 != 0)
+    expected = general(logits, model)
+    for _ in range(2):
+        assert_close(logits(), expected)
+    assert not torch.allclose(expected, idle, atol=1e-3)
+    assert all(planned(layer) is not None for layer in lora_layers(model).values())

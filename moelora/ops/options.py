@@ -50,6 +50,8 @@ class Member(NamedTuple):
         router: ``(experts, d_in)``, contiguous.
         mature: ``(experts,)`` bool; while one is False all experts share every token. Or None.
         is_conv1d: the base is a ``Conv1D``.
+        dropped: ``(*batch, d_in)``, what A reads instead of the input (after dropout), or None.
+            Such a layer is served alone.
     """
 
     base_weight: Tensor | None
@@ -59,6 +61,7 @@ class Member(NamedTuple):
     router: Tensor
     mature: Tensor | None = None
     is_conv1d: bool = False
+    dropped: Tensor | None = None
 
 
 class RoutedOutput(NamedTuple):

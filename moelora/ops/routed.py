@@ -12,7 +12,7 @@ from moelora.ops.gradients import in_given_dtypes
 from moelora.ops.options import Member, RoutedOutput, RouterOptions
 from moelora.ops.packing import Packer
 from moelora.ops.products import base_output, wide_mm
-from moelora.ops.reference import routed_linear_reference
+from moelora.ops.reference import lora_combine_reference, routed_linear_reference
 from moelora.ops.routed_eager import RoutedLinearsEager, compute
 from moelora.ops.routed_sparse import RoutedLinearsSparse
 from moelora.ops.routed_triton import (
@@ -143,9 +143,14 @@ def routed_linears(
     op: Any = RoutedLinears
     if choice.is_sparse and countable and (members[0].mature is None or all_mature):
         op = RoutedLinearsSparse
+    if members[0].dropped is not None:
+        op = RoutedLinears
     for some in portions:
+        dropped = some[0].dropped
         tensors = [tensor for member in some for tensor in member[2:5]]
-        *results, decision = op.apply(x, token_mask, some, options, packer, record, *tensors)
+        *results, decision = op.apply(
+            x, token_mask, some, options, packer, record, dropped, *tensors
+        )
         decisions = [None] * len(some) if decision is None else decision.unbind()
         outputs, statistics = results[: len(some)], results[len(some) :]
         found += map(_recorded, outputs, statistics, decisions)
@@ -172,6 +177,8 @@ def _portions(members: Sequence[Member], choice: Choice) -> Sequence[Sequence[Me
     Raises:
         ValueError: if they are not alike: the kernels would read the others as the first.
     """
+    if any(member.dropped is not None for member in members):
+        return [(member,) for member in members]
     kinds = {_kind(member) for member in members}
     if choice.backend != "triton":
         return [members] if len(kinds) == 1 else [(member,) for member in members]
@@ -185,7 +192,7 @@ def _portions(members: Sequence[Member], choice: Choice) -> Sequence[Sequence[Me
 
 def _kind(member: Member) -> tuple[Any, ...]:
     """What members that are computed together have in common."""
-    base, _, lora_a, lora_b, router, mature, _ = member
+    base, _, lora_a, lora_b, router, mature, _, _ = member
     dtypes = (lora_a.dtype, lora_b.dtype, router.dtype)
     return (lora_a.shape, lora_b.shape[1], router.shape, mature is None, base is None, dtypes)
 
@@ -208,7 +215,9 @@ def _eager(
 ) -> list[RoutedOutput]:
     op: Any = RoutedLinearsEager
     tensors = [tensor for member in members for tensor in member[2:5]]
-    *results, logits, weights = op.apply(x, token_mask, members, options, all_mature, *tensors)
+    *results, logits, weights = op.apply(
+        x, token_mask, members, options, all_mature, members[0].dropped, *tensors
+    )
     decisions = zip(logits.unbind(1), weights.unbind(1), strict=True)
     outputs, statistics = results[: len(members)], results[len(members) :]
     return list(map(_recorded, outputs, statistics, decisions))
@@ -250,6 +259,12 @@ def _reference(
     shares = (sums[name] for name in ("mean_probs", "slot_share", "first_share"))
     numbers = (sums["mean_squared_logsumexp"].reshape(1), sums["tokens"].to(flat).reshape(1))
     statistics = None if options.loss_type is None else torch.cat([*shares, *numbers])
+    if member.dropped is not None:
+        inputs = member.dropped.reshape(-1, x.shape[-1]).to(wide)
+        base = flat @ weight.to(wide).t() + (0 if bias is None else bias)
+        scaled = sums["weights"] * options.scaling
+        lora_a, lora_b = member.lora_a.to(wide), member.lora_b.to(wide)
+        output = base + lora_combine_reference(inputs, lora_a, lora_b, scaled)
     logits = (flat @ router.t()).detach() / options.temperature
     output = output.to(x.dtype).reshape(*x.shape[:-1], output.shape[-1])
     return RoutedOutput(output, logits, sums["weights"].detach(), statistics)
@@ -287,7 +302,7 @@ def routed_linears_inference(
 
     Args:
         x: as there, and all that follow.
-        members: as there.
+        members: as there; ``dropped`` must be None.
         options: as there; ``capacity_factor`` and ``loss_type`` must be None.
         record: as there.
         backend: as there.
@@ -297,8 +312,11 @@ def routed_linears_inference(
 
     Raises:
         BackendError: if ``backend`` is unknown or cannot run here.
-        ValueError: if the ranks cannot be split evenly over the experts.
+        ValueError: if the ranks cannot be split evenly over the experts, or a member has an input
+            after dropout.
     """
+    if choice is None and any(member.dropped is not None for member in members):
+        raise ValueError("Inputs after dropout belong to training: call routed_linears.")
     choice, portions = _checked(x, members, options, backend, choice)
     if choice.backend == "reference":
         return [_reference(x, member, None, options) for member in members]

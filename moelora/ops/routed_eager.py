@@ -18,6 +18,8 @@ from moelora.ops.options import Member, RouterOptions
 from moelora.ops.products import wide_mm, with_update
 
 _ROUNDING = 1e-4
+#: Where A, B and router of the first member stand among the autograd function's arguments.
+_FIRST_TENSOR = 6
 
 
 class _Computed(NamedTuple):
@@ -76,7 +78,8 @@ def compute(
     for member, lora_a, lora_b, own in zip(
         members, lora_as, lora_bs, _scaled(weights, options, x.dtype), strict=True
     ):
-        product = wide_mm(flat, lora_a.t())
+        read = flat if member.dropped is None else member.dropped.reshape(-1, x.shape[-1])
+        product = wide_mm(read, lora_a.t())
         _by_expert(product, options).mul_(own)
         ranks = _as(product, x.dtype)
         mixed.append(ranks)
@@ -103,6 +106,7 @@ class RoutedLinearsEager(torch.autograd.Function):
         members: Sequence[Member],
         options: RouterOptions,
         all_mature: bool,  # noqa: FBT001 - apply() takes no keywords
+        dropped: Tensor | None,
         *_tensors: Tensor,
     ) -> tuple[Tensor | None, ...]:
         """Forward."""
@@ -113,7 +117,7 @@ class RoutedLinearsEager(torch.autograd.Function):
         ctx.are_conv1d = [member.is_conv1d for member in members]
         found = compute(x, members, options, token_mask=token_mask, all_mature=all_mature)
         ctx.save_for_backward(
-            x, found.logits, found.weights, token_mask, found.statistics,
+            x, dropped, found.logits, found.weights, token_mask, found.statistics,
             *(member.base_weight for member in members), *(member.router for member in members),
             *found.lora_as, *found.lora_bs, *found.mixed,
         )  # fmt: skip
@@ -128,40 +132,59 @@ class RoutedLinearsEager(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Backward."""
         number, options = len(ctx.are_conv1d), ctx.options
-        x, logits, weights, token_mask, statistics, *rest = ctx.saved_tensors
+        x, dropped, logits, weights, token_mask, statistics, *rest = ctx.saved_tensors
         bases, routers, lora_as, lora_bs, mixed = (
             rest[start : start + number] for start in range(0, 5 * number, number)
         )
         needs = ctx.needs_input_grad
         x = x.reshape(-1, x.shape[-1])
+        read = x if dropped is None else dropped.reshape(-1, x.shape[-1])
         grads = output_gradients(gradients, lora_bs, x)
-        results: list[Tensor | None] = [None] * (5 + 3 * number)
-        for index in range(number):
-            if needs[5 + 3 * index + 1]:
+        results: list[Tensor | None] = [None] * (_FIRST_TENSOR + 3 * number)
+        places = range(_FIRST_TENSOR, len(results), 3)
+        for index, place in enumerate(places):
+            if needs[place + 1]:
                 grad_b = wide_mm(grads[index].t(), mixed[index])
-                results[5 + 3 * index + 1] = _as(grad_b, ctx.dtypes[1])
-        if not (needs[0] or any(needs[5::3]) or any(needs[7::3])):
+                results[place + 1] = _as(grad_b, ctx.dtypes[1])
+        needs_inputs = needs[0] or needs[_FIRST_TENSOR - 1]
+        if not (needs_inputs or any(needs[_FIRST_TENSOR::3]) or any(needs[_FIRST_TENSOR + 2 :: 3])):
             return tuple(results)
         grad_ranks, shares = _ranks_gradients(grads, lora_bs, mixed, weights, options)
         scores = logits_gradient(
             shares, logits, weights, token_mask, statistics, gradients[number : 2 * number], options
         ).flatten(1)
-        if any(needs[7::3]):
+        if any(needs[_FIRST_TENSOR + 2 :: 3]):
             grad_routers = _as(scores.t() @ _as(x, scores.dtype), ctx.dtypes[2])
-            results[7::3] = grad_routers.split(options.num_experts)
-        for index in range(number):
-            if needs[5 + 3 * index]:
-                grad_a = wide_mm(grad_ranks[index].t(), x)
-                results[5 + 3 * index] = _as(grad_a, ctx.dtypes[0])
+            results[_FIRST_TENSOR + 2 :: 3] = grad_routers.split(options.num_experts)
+        for index, place in enumerate(places):
+            if needs[place]:
+                grad_a = wide_mm(grad_ranks[index].t(), read)
+                results[place] = _as(grad_a, ctx.dtypes[0])
+        if dropped is not None:
+            if needs[_FIRST_TENSOR - 1]:
+                results[_FIRST_TENSOR - 1] = torch.mm(grad_ranks[0], lora_as[0]).view(ctx.shape)
+            grad_ranks = []
         if needs[0]:
-            pulls = zip(grads, bases, ctx.are_conv1d, grad_ranks, lora_as, strict=True)
             grad_x = _as(scores, x.dtype) @ _as(_stacked(routers), x.dtype)
-            for grad, base, is_conv1d, own, lora_a in pulls:
-                if base is not None:
-                    grad_x.addmm_(grad, base.t() if is_conv1d else base)
-                grad_x.addmm_(own, lora_a)
+            _add_input_gradients(grad_x, grads, bases, ctx.are_conv1d, grad_ranks, lora_as)
             results[0] = grad_x.view(ctx.shape)
         return tuple(results)
+
+
+def _add_input_gradients(
+    total: Tensor,
+    grads: Sequence[Tensor],
+    bases: Sequence[Tensor | None],
+    are_conv1d: Sequence[bool],
+    grad_ranks: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+) -> None:
+    """Add what comes through bases and A, member by member, as far as they are given."""
+    for index, (grad, base) in enumerate(zip(grads, bases, strict=True)):
+        if base is not None:
+            total.addmm_(grad, base.t() if are_conv1d[index] else base)
+        if grad_ranks:
+            total.addmm_(grad_ranks[index], lora_as[index])
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -32,7 +32,8 @@ from moelora.ops.routed_triton import (
 class RoutedLinearsSparse(torch.autograd.Function):
     """See :func:`moelora.ops.routed.routed_linears`. No expert may be young.
 
-    Arguments and results are those of ``RoutedLinears``; most of A is never packed.
+    Arguments and results are those of ``RoutedLinears``, but A reads the input itself; most of A is
+    never packed.
     """
 
     @staticmethod
@@ -44,6 +45,7 @@ class RoutedLinearsSparse(torch.autograd.Function):
         options: RouterOptions,
         _packer: Any,
         record: bool,  # noqa: FBT001 - apply() takes no keywords
+        _dropped: None,
         *_tensors: Tensor,
     ) -> tuple[Tensor | None, ...]:
         """Forward."""

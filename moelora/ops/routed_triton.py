@@ -22,7 +22,7 @@ BLOCK_M = 32
 #: Layers that may share one input's work: the kernels take so many pointers.
 MAX_MEMBERS = 3
 #: Where A, B and router of the first member stand among the arguments of the autograd functions.
-FIRST_TENSOR = 6
+FIRST_TENSOR = 7
 
 
 class Sizes:
@@ -298,6 +298,7 @@ class RoutedLinears(torch.autograd.Function):
         options: RouterOptions,
         packer: Callable[..., tuple[Tensor, list[Tensor]]],
         record: bool,  # noqa: FBT001 - apply() takes no keywords
+        dropped: Tensor | None,
         *_tensors: Tensor,
     ) -> tuple[Tensor | None, ...]:
         """Forward."""
@@ -311,13 +312,19 @@ class RoutedLinears(torch.autograd.Function):
         )
         flat = x.reshape(-1, x.shape[-1])
         rows, lora_bs = packer(flat, members, sizes)
-        z = wide_mm(flat, rows.t())
+        if dropped is None:
+            z = wide_mm(flat, rows.t())
+        else:
+            dropped = dropped.reshape(-1, x.shape[-1])
+            start = sizes.first_score
+            halves = [wide_mm(dropped, rows[:start].t()), wide_mm(flat, rows[start:].t())]
+            z = torch.cat(halves, dim=1)
         matures = [member.mature for member in members]
         decision, mixed, statistics = route(z, token_mask, matures, options, sizes, x.dtype)
         outputs = outputs_of(x, flat, members, mixed, lora_bs)
         weights = [member.base_weight for member in members]
         ctx.save_for_backward(
-            flat, rows, mixed, decision, token_mask, statistics, *weights, *lora_bs
+            flat, rows, dropped, mixed, decision, token_mask, statistics, *weights, *lora_bs
         )
         return results_of(ctx, outputs, statistics, decision if record else None)
 
@@ -326,7 +333,7 @@ class RoutedLinears(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Backward."""
         sizes, number = ctx.sizes, ctx.sizes.members
-        x, rows, *rest = ctx.saved_tensors
+        x, rows, dropped, *rest = ctx.saved_tensors
         saved, weights, lora_bs = rest[:4], rest[4 : 4 + number], rest[4 + number :]
         needs = ctx.needs_input_grad
         grads = output_gradients(gradients, lora_bs, x)
@@ -337,26 +344,42 @@ class RoutedLinears(torch.autograd.Function):
                 grad_b = wide_mm(grad.t(), mixed)
                 results[place + 1] = in_dtype(grad_b, ctx.dtypes[1], grad_b.shape[0])
         needs_rows = any(needs[FIRST_TENSOR::3]) or any(needs[FIRST_TENSOR + 2 :: 3])
-        if not (needs[0] or needs_rows):
+        if not (needs[0] or needs_rows or needs[FIRST_TENSOR - 1]):
             return tuple(results)
         grad_mixed = [wide_mm(grad, lora_b) for grad, lora_b in zip(grads, lora_bs, strict=True)]
         grad_z = route_backward(
             grad_mixed, saved, gradients[number : 2 * number], ctx.options, sizes
         )
         if needs_rows:
-            parts = wide_mm(grad_z.t(), x).split_with_sizes(sizes.parts)
+            parts = _row_gradients(grad_z, x, dropped, sizes)
             for place, grad_a, grad_router in zip(
                 places, parts[:number], parts[number:], strict=True
             ):
                 results[place] = in_dtype(grad_a, ctx.dtypes[0], sizes.ranks)
                 results[place + 2] = in_dtype(grad_router, ctx.dtypes[2], sizes.experts)
+        # the leading bits of the router's rows are all that the dtype of x can hold
+        used = rows[: sizes.grad_columns]
+        if dropped is not None:
+            start = sizes.first_score
+            if needs[FIRST_TENSOR - 1]:
+                grad_dropped = torch.mm(grad_z[:, :start], used[:start])
+                results[FIRST_TENSOR - 1] = grad_dropped.view(ctx.shape)
+            grad_z, used = grad_z[:, start:], used[start:]
         if needs[0]:
-            # the leading bits of the router's rows are all that the dtype of x can hold
-            used = rows[: sizes.grad_columns]
             results[0] = input_gradient(grads, weights, ctx.are_conv1d, grad_z, used).view(
                 ctx.shape
             )
         return tuple(results)
+
+
+def _row_gradients(
+    grad_z: Tensor, x: Tensor, dropped: Tensor | None, sizes: Sizes
+) -> Sequence[Tensor]:
+    """The gradients of each member's A, then of each one's router, padded."""
+    if dropped is None:
+        return wide_mm(grad_z.t(), x).split_with_sizes(sizes.parts)
+    start = sizes.first_score
+    return wide_mm(grad_z[:, :start].t(), dropped), wide_mm(grad_z[:, start:].t(), x)
 
 
 def outputs_of(

@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 python -m tests.ops.routed_cases
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -148,6 +149,59 @@ def beside_bases(name: str, dtype: torch.dtype, *, tokens: int, trains: bool) ->
     return [relative(one, other) for one, other in pairs]
 
 
+def with_dropout(
+    name: str, dtype: torch.dtype, *, tokens: int, has_base: bool, wanted: tuple[bool, ...]
+) -> list[float]:
+    """The same for a layer whose A reads the input after dropout, and the router before it.
+
+    Args:
+        name: the backend.
+        dtype: of all tensors.
+        tokens: of each of two rows.
+        has_base: whether the op computes the base.
+        wanted: of input, dropped input, A, B and router, which have a gradient.
+    """
+    generator = torch.Generator().manual_seed(tokens)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    inputs = [normal(2, tokens, 12), normal(2, tokens, 12), normal(8, 12), normal(7, 8)]
+    inputs.append(normal(4, 12))
+    weight, direction = normal(7, 12), normal(2, tokens, 7)
+    options = RouterOptions(4, 2, 2.0, 1.7, 1.0, "switch")
+    ours = [t.clone().requires_grad_(w) for t, w in zip(inputs, wanted, strict=True)]
+    theirs = [t.double().requires_grad_(w) for t, w in zip(inputs, wanted, strict=True)]
+    x, dropped, *rest = ours
+    member = Member(weight if has_base else None, None, *rest, dropped=dropped)
+    (result,) = routed_linears(x, [member], options=options, backend=name)
+    x, dropped, lora_a, lora_b, router = theirs
+    base = weight.double() if has_base else torch.zeros(7, 12, dtype=torch.float64)
+    flat = x.reshape(-1, 12)
+    _, sums = routed_linear_reference(flat, base, None, lora_a, lora_b, router, options=options)
+    parts = (dropped.reshape(-1, 12) @ lora_a.t()).unflatten(1, (4, 2))
+    mixed = (parts * sums["weights"].unsqueeze(2) * 1.7).flatten(1)
+    expected = (flat @ base.t() + mixed @ lora_b.t()).reshape(2, tokens, 7)
+    assert result.statistics is not None
+    pull = torch.linspace(-1, 1, 4, dtype=torch.float64)
+    extra, extra_expected = result.statistics[:4] @ pull.to(dtype), sums["mean_probs"] @ pull
+    ((result.output * direction).sum() + extra).backward()
+    ((expected * direction.double()).sum() + extra_expected).backward()
+    pairs = [(result.output, expected), (extra, extra_expected)]
+    assert [t.grad is not None for t in ours] == list(wanted)
+    pairs += [(a.grad, b.grad) for a, b, w in zip(ours, theirs, wanted, strict=True) if w]
+    return [relative(one, other) for one, other in pairs]
+
+
+#: Tokens of each of two rows, whether the op computes the base, and which gradients are wanted.
+DROPPED = [
+    (3, True, (True, True, True, True, True)),
+    (20, False, (True, True, True, True, True)),
+    (3, True, (False, False, True, True, True)),
+    (3, False, (False, True, False, False, True)),
+    (3, True, (True, False, False, True, False)),
+]
+
 #: Tokens of each of two rows, whether with gradients.
 BESIDE = [(2, False), (12, False), (3, True), (20, True)]
 
@@ -170,24 +224,29 @@ LAYOUTS = [
 ]
 
 
+def on_the_kernels() -> Iterator[tuple[object, list[float]]]:
+    """Every case with its errors."""
+    kernels: tuple[str, torch.dtype] = ("triton", torch.float32)
+    for number, case in enumerate(CASES):
+        yield case, errors(case, LOSSES[number % 3], *kernels)
+    for layout, tokens, trains in LAYOUTS:
+        yield (layout, tokens, trains), of_layout(layout, tokens=tokens, trains=trains)
+    for tokens, trains in BESIDE:
+        yield ("beside", tokens, trains), beside_bases(*kernels, tokens=tokens, trains=trains)
+    for tokens, has_base, wanted in DROPPED:
+        found = with_dropout(*kernels, tokens=tokens, has_base=has_base, wanted=wanted)
+        yield ("dropped", tokens, has_base, wanted), found
+
+
 def main() -> int:
     """Run all cases on the kernels, dense and sparse; say which are wrong."""
     wrong = []
     for sparse_from in (backend.SPARSE_FROM, 0):
         backend.SPARSE_FROM = sparse_from
         backend.explain.cache_clear()
-        for number, case in enumerate(CASES):
-            found = errors(case, LOSSES[number % 3], "triton", torch.float32)
+        for case, found in on_the_kernels():
             if not all(error < 2e-5 for error in found):
                 wrong.append((sparse_from, case, found))
-        for layout, tokens, trains in LAYOUTS:
-            found = of_layout(layout, tokens=tokens, trains=trains)
-            if not all(error < 2e-5 for error in found):
-                wrong.append((sparse_from, (layout, tokens, trains), found))
-        for tokens, trains in BESIDE:
-            found = beside_bases("triton", torch.float32, tokens=tokens, trains=trains)
-            if not all(error < 2e-5 for error in found):
-                wrong.append((sparse_from, ("beside", tokens, trains), found))
     for line in wrong:
         sys.stderr.write(f"{line}\n")
     return len(wrong)

@@ -11,9 +11,17 @@ import pytest
 import torch
 
 from moelora.errors import BackendError
-from moelora.ops import Choice, explain
+from moelora.ops import Choice, Member, RouterOptions, explain, routed_linears_inference
 from tests.interpreter import needs_interpreter
-from tests.ops.routed_cases import BESIDE, CASES, LOSSES, beside_bases, errors
+from tests.ops.routed_cases import (
+    BESIDE,
+    CASES,
+    DROPPED,
+    LOSSES,
+    beside_bases,
+    errors,
+    with_dropout,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,6 +38,23 @@ def test_updates_alone_equal_the_reference(name: str, tokens: int, trains: bool)
     found = beside_bases(name, torch.float64, tokens=tokens, trains=trains)
     assert len(found) == (9 if trains else 2)
     assert all(error < 1e-7 for error in found)
+
+
+@pytest.mark.parametrize("name", ["eager", "reference"])
+@pytest.mark.parametrize(("tokens", "has_base", "wanted"), DROPPED)
+def test_a_may_read_the_input_after_dropout(
+    name: str, tokens: int, has_base: bool, wanted: tuple[bool, ...]
+) -> None:
+    found = with_dropout(name, torch.float64, tokens=tokens, has_base=has_base, wanted=wanted)
+    assert len(found) == 2 + sum(wanted)
+    assert all(error < 1e-7 for error in found)
+
+
+def test_inputs_after_dropout_are_refused_without_gradients() -> None:
+    one = torch.ones(1, 1)
+    member = Member(one, None, one, one, one, dropped=one)
+    with pytest.raises(ValueError, match="after dropout belong to training"):
+        routed_linears_inference(one, [member], options=RouterOptions(1, 1, 1.0, 1.0))
 
 
 def test_the_kernels_equal_the_reference_with_all_gradients() -> None:
