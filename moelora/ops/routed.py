@@ -140,13 +140,10 @@ def routed_linears(
         token_mask = token_mask.contiguous()
     # without a capacity padding is served too, but not counted: no slots are known for it
     countable = token_mask is None or options.capacity_factor is not None
-    op: Any = RoutedLinears
-    if choice.is_sparse and countable and (members[0].mature is None or all_mature):
-        op = RoutedLinearsSparse
-    if members[0].dropped is not None:
-        op = RoutedLinears
+    is_sparse = choice.is_sparse and countable and (members[0].mature is None or all_mature)
     for some in portions:
         dropped = some[0].dropped
+        op: Any = RoutedLinearsSparse if is_sparse and dropped is None else RoutedLinears
         tensors = [tensor for member in some for tensor in member[2:5]]
         *results, decision = op.apply(
             x, token_mask, some, options, packer, record, dropped, *tensors

@@ -174,7 +174,10 @@ def with_dropout(
     theirs = [t.double().requires_grad_(w) for t, w in zip(inputs, wanted, strict=True)]
     x, dropped, *rest = ours
     member = Member(weight if has_base else None, None, *rest, dropped=dropped)
-    (result,) = routed_linears(x, [member], options=options, backend=name)
+    # beside a layer without dropout
+    _, result = routed_linears(
+        x, [member._replace(dropped=None), member], options=options, backend=name
+    )
     x, dropped, lora_a, lora_b, router = theirs
     base = weight.double() if has_base else torch.zeros(7, 12, dtype=torch.float64)
     flat = x.reshape(-1, 12)
