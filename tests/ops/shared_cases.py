@@ -200,7 +200,7 @@ def main() -> int:
         routed_linears(x, [members[0], unlike], options=options, backend="triton")
         wrong.append(("layers that are not alike", []))
     except ValueError as error:
-        if "must have the same experts, ranks, dtypes" not in str(error):
+        if "must have the same experts, ranks and dtypes" not in str(error):
             wrong.append((str(error), []))
     for line in wrong:
         sys.stderr.write(f"{line}\n")
