@@ -280,6 +280,16 @@ def general(run: Any, model: nn.Module) -> Any:
         return run()
 
 
+def trained(model: PeftModel, *, seed: int = 0) -> tuple[Tensor, list[Tensor | None]]:
+    """Loss and gradients of one step."""
+    torch.manual_seed(seed)
+    model.zero_grad()
+    ids = token_ids()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss.detach(), gradients_of(model)
+
+
 def unusual(model: PeftModel, kind: str) -> PeftModel:
     """The model with bases that the ops do not compute."""
     for layer in lora_layers(model).values():
@@ -311,20 +321,10 @@ def test_a_mixture_beside_any_base_trains_as_in_the_general_way(
     model = unusual(mixture().train(), kind)
     if checkpointing is not None:
         checkpoint_blocks(model, use_reentrant=checkpointing)
-    ids = token_ids()
-    leaves = [p for p in model.parameters() if p.requires_grad]
-
-    def step() -> tuple[Tensor, list[Tensor]]:
-        for leaf in leaves:
-            leaf.grad = None
-        output = model(input_ids=ids, labels=ids)
-        output.loss.backward()
-        return output.loss.detach(), [leaf.grad for leaf in leaves]
-
-    expected = general(step, model)
+    expected = general(lambda: trained(model), model)
     # groups are known from the second forward on
     for _ in range(2):
-        assert_close(step(), expected)
+        assert_close(trained(model), expected)
     for layer in lora_layers(model).values():
         assert planned(layer).weight is None
     if kind == "trained":
@@ -376,20 +376,10 @@ def test_a_mixture_with_dropout_trains_as_in_the_general_way(
     if checkpointing is not None:
         checkpoint_blocks(model, use_reentrant=checkpointing)
     ids = token_ids()
-    leaves = [p for p in model.parameters() if p.requires_grad]
-
-    def step(seed: int = 0) -> tuple[Tensor, list[Tensor]]:
-        torch.manual_seed(seed)
-        for leaf in leaves:
-            leaf.grad = None
-        output = model(input_ids=ids, labels=ids)
-        output.loss.backward()
-        return output.loss.detach(), [leaf.grad for leaf in leaves]
-
-    expected = general(step, model)
+    expected = general(lambda: trained(model), model)
     for _ in range(3):
-        assert_close(step(), expected)
-    assert not torch.equal(step(1)[0], expected[0])
+        assert_close(trained(model), expected)
+    assert not torch.equal(trained(model, seed=1)[0], expected[0])
     for layer in lora_layers(model).values():
         assert planned(layer) is not None
         assert planned(layer).drops
