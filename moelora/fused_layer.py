@@ -1,7 +1,8 @@
 """Adapted linear layers in one fused op, where nothing but the arithmetic is asked of them.
 
-A layer with hooks on its parts, with dropout at work, with a variant, a base that is no plain
-frozen linear, or inside a trace takes the general way of ``layer.py``, which means the same.
+A layer with hooks on its adapters, with a variant, or inside a trace takes the general way of
+``layer.py``, which means the same. So does one under explicit weights with dropout at work or a
+base that is no plain frozen linear; routed layers need not, see ``routed_layer.py``.
 """
 
 from collections.abc import Mapping

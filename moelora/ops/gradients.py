@@ -60,6 +60,8 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(backward)
     def run(ctx: Any, *gradients: Any) -> Any:
         chosen = checked if torch.is_grad_enabled() else backward
+        if not torch._C._is_any_autocast_enabled():
+            return chosen(ctx, *gradients)
         # of outputs that all went unused there are no gradients
         given = next((gradient for gradient in gradients if gradient is not None), None)
         if given is None or not is_autocast(given.device.type):

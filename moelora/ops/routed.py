@@ -105,7 +105,8 @@ def routed_linears(
     Args:
         x: ``(*batch, d_in)``.
         members: one or more layers; up to three at a time share the kernels' work. Shapes but
-            ``d_out``, and dtypes, are the same for all, and all have maturity flags or none has.
+            ``d_out``, and dtypes, are the same for all; all have maturity flags or none has, and
+            base weights likewise. One with ``dropped`` is served alone.
         options: how each router decides.
         token_mask: as there, and all that follow.
         record: as there.

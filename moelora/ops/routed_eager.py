@@ -94,8 +94,9 @@ def compute(
 class RoutedLinearsEager(torch.autograd.Function):
     """See :func:`moelora.ops.routed.routed_linears`.
 
-    The tensors are A, B and router of one member after the other, those that may have gradients;
-    the results are all outputs, all statistics (or None), the logits and the weights.
+    The tensors are A, B and router of one member after the other, those that may have gradients,
+    as may ``dropped``, what the A of a lone member reads instead of ``x``; the results are all
+    outputs, all statistics (or None), the logits and the weights.
     """
 
     @staticmethod

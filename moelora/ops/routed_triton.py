@@ -284,9 +284,10 @@ def results_of(
 class RoutedLinears(torch.autograd.Function):
     """See :func:`moelora.ops.routed.routed_linears`.
 
-    The tensors are A, B and router of one member after the other, those that may have gradients;
-    ``packer`` is :func:`pack` or does the same. The results are all outputs, all statistics (or
-    None), and the decisions (None unless ``record``).
+    The tensors are A, B and router of one member after the other, those that may have gradients,
+    as may ``dropped``, what the A of a lone member reads instead of ``x``; ``packer`` is
+    :func:`pack` or does the same. The results are all outputs, all statistics (or None), and
+    the decisions (None unless ``record``).
     """
 
     @staticmethod

@@ -274,14 +274,15 @@ def test_router_persistence(automatic: bool, tmp_path: Path) -> None:
     loaded.base_model.set_adapter(["expert_0", "expert_1", "expert_2"])
     loaded.eval()
     states = torch.randn(2, 5, HIDDEN, dtype=torch.float64)
-    # outputs are not equal to the bit: products may depend on where in memory their matrices lie
-    assert_close(loaded.get_routing_weights(states), model.get_routing_weights(states))
+    # tensors of a file may lie at odd addresses, where some processors' products round otherwise
+    loaded = copy.deepcopy(loaded)
+    assert_equal(loaded.get_routing_weights(states), model.get_routing_weights(states))
     for key, tensor in router.state_dict().items():
         assert_equal(loaded.router.state_dict()[key], tensor)
     ids = token_ids()
-    assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert_equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
     weights = softmaxed(2, 12, 3)
-    assert_close(single_pass(loaded, ids, weights), single_pass(model, ids, weights))
+    assert_equal(single_pass(loaded, ids, weights), single_pass(model, ids, weights))
 
 
 def test_a_router_in_the_state_dict_persists_too() -> None:
