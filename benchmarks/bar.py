@@ -13,6 +13,7 @@ from benchmarks.cases import (
     BLOCKS_GRAPH,
     BLOCKS_LONG,
     CHECKPOINTED,
+    CHECKPOINTED_GRAPH,
     CPU_TRAIN,
     DECODE_EAGER,
     DECODE_GRAPH,
@@ -21,6 +22,7 @@ from benchmarks.cases import (
     LORA,
     MIXTURE,
     PREFILL,
+    PREFILL_GRAPH,
     PREPARED,
     TRAIN_8B,
     TRAIN_EAGER,
@@ -102,6 +104,8 @@ def _training(of: str, graph: Conditions, eager: Conditions, long: Conditions) -
     yield _xlora(f"training memory, {of}", eager, 5, "peak_mib")
 
 
+_MODES = {"eager": "eager", "graph": "CUDA graph"}
+
 AIMS: list[Aim] = [
     *_training("1B", TRAIN_GRAPH, TRAIN_EAGER, TRAIN_LONG),
     *_training("1B's blocks", BLOCKS_GRAPH, BLOCKS_EAGER, BLOCKS_LONG),
@@ -112,14 +116,23 @@ AIMS: list[Aim] = [
     ),
     *(
         aim
-        for conditions in CHECKPOINTED
+        for conditions in (*CHECKPOINTED, *CHECKPOINTED_GRAPH)
         for aim in _over(
             conditions,
-            f"{conditions.checkpointing} checkpointing, training step, 1B, eager",
+            f"{conditions.checkpointing} checkpointing, training step, 1B, "
+            f"{_MODES[conditions.mode]}",
             [(BASE, 1.25)],
         )
     ),
-    *_over(PREFILL, "prefill, 1B, 4096 tokens, eager", [(BASE, 1.25), (LORA, 0.60)]),
+    *(
+        aim
+        for conditions in (PREFILL, PREFILL_GRAPH)
+        for aim in _over(
+            conditions,
+            f"prefill, 1B, 4096 tokens, {_MODES[conditions.mode]}",
+            [(BASE, 1.25), (LORA, 0.60)],
+        )
+    ),
     Aim("prefill, 1B, 4096 tokens, eager, prepared / frozen base", PREFILL, PREPARED, BASE, 1.25),
     Aim("prefill, 1B, 4096 tokens, eager, prepared / one PEFT LoRA", PREFILL, PREPARED, LORA, 0.60),
     _xlora("prefill, 1B, eager", PREFILL, 15),

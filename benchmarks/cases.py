@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.baselines import Variant
@@ -118,7 +118,9 @@ TRAIN_ADAMW = _train("llama-1b", 4, 1024, optimizer=True)
 CHECKPOINTED = [
     _train("llama-1b", 4, 1024, checkpointing=kind) for kind in ("nonreentrant", "reentrant")
 ]
+CHECKPOINTED_GRAPH = [replace(conditions, mode="graph") for conditions in CHECKPOINTED]
 PREFILL = Conditions("prefill", "llama-1b", 4, 1024)
+PREFILL_GRAPH = replace(PREFILL, mode="graph")
 DECODE_GRAPH = [Conditions("decode", "llama-1b", rows, 512, mode="graph") for rows in (1, 8)]
 DECODE_EAGER = Conditions("decode", "llama-1b", 1, 512)
 HOST = Conditions("host", "llama-1b-4-layers", 1, 16)
@@ -141,10 +143,11 @@ def _bar() -> Iterator[Case]:
     yield from group(BLOCKS_EAGER, BASE, LORA, HALF_LORA, MIXTURE, XLORA)
     yield from group(BLOCKS_LONG, BASE, LORA, HALF_LORA, MIXTURE)
     yield from group(TRAIN_ADAMW, LORA, HALF_LORA, MIXTURE)
-    for conditions in CHECKPOINTED:
+    for conditions in (*CHECKPOINTED, *CHECKPOINTED_GRAPH):
         yield from group(conditions, BASE, LORA, MIXTURE)
     yield from group(TRAIN_LONG, BASE, LORA, HALF_LORA, MIXTURE)
     yield from group(PREFILL, BASE, LORA, HALF_LORA, MIXTURE, PREPARED, XLORA, LOOP)
+    yield from group(PREFILL_GRAPH, BASE, LORA, HALF_LORA, MIXTURE)
     for conditions in DECODE_GRAPH:
         yield from group(conditions, BASE, LORA, HALF_LORA, MIXTURE, mixture(64))
     yield from group(DECODE_EAGER, BASE, LORA, HALF_LORA, MIXTURE)

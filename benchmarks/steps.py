@@ -41,10 +41,11 @@ def build_for(conditions: Conditions, variant: Variant, bases: BaseModels) -> Bu
 
 def checkpoint(built: Built, conditions: Conditions) -> None:
     """Switch gradient checkpointing on, of the kind that the conditions name."""
-    reentrant = conditions.checkpointing == "reentrant"
-    built.model.gradient_checkpointing_enable(
-        gradient_checkpointing_kwargs={"use_reentrant": reentrant}
-    )
+    kwargs = {"use_reentrant": conditions.checkpointing == "reentrant"}
+    if conditions.mode == "graph":
+        # while a graph is recorded the generator's state cannot be read; nothing here is random
+        kwargs["preserve_rng_state"] = False
+    built.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
 def base_model_of(model: Any) -> Any:

@@ -162,8 +162,7 @@ def router_losses(entries: list[TapeEntry]) -> tuple[Tensor, Tensor]:
     """The mean over routers of their loss, and of coefficient times loss."""
     groups: dict[tuple[Any, ...], list[TapeEntry]] = {}
     for number, entry in enumerate(_joined(entries)):
-        # a traced size as a key would fix it, and a traced mask has no address
-        kind = (number,) if torch.compiler.is_compiling() else _kind(entry)
+        kind = _traced_kind(number, entry) if torch.compiler.is_compiling() else _kind(entry)
         groups.setdefault(kind, []).append(entry)
     sums = [(group[0].coefficient, _losses(group).sum()) for group in groups.values()]
     device = sums[0][1].device
@@ -216,6 +215,14 @@ def _kind(entry: TapeEntry) -> tuple[Any, ...]:
     fused = entry.statistics is not None
     top_k = 0 if fused else _routing_of(entry).selected_experts.shape[-1]
     return fused, values.device, shape, top_k, entry.loss_type, entry.coefficient, mask
+
+
+def _traced_kind(number: int, entry: TapeEntry) -> tuple[Any, ...]:
+    """The same in a trace, where a size as a key would fix it and a mask has no address."""
+    if entry.statistics is None:
+        return (number,)
+    values, num_experts = entry.statistics
+    return values.device, len(values), num_experts, entry.loss_type, entry.coefficient
 
 
 def _losses(group: list[TapeEntry]) -> Tensor:

@@ -44,11 +44,25 @@ def fusable(
         adapters: which of its adapters.
         drops: whether their dropout may be at work.
     """
+    return None if is_traced(x) else frozen_linear(layer, x, adapters, drops=drops)
+
+
+def frozen_linear(
+    layer: Any, x: Tensor, adapters: list[str], *, drops: bool = False
+) -> FrozenLinear | None:
+    """:func:`fusable`, whatever watches the call.
+
+    Args:
+        layer: as there.
+        x: as there.
+        adapters: as there.
+        drops: as there.
+    """
     base = layer.base_layer
     kind = type(base)
     if (kind is not nn.Linear and kind is not Conv1D) or type(x) is not Tensor:
         return None
-    if is_traced(x) or not is_bare(base):
+    if not is_bare(base):
         return None
     weight, bias = base.weight, base.bias
     if not (_is_frozen(weight, x) and (bias is None or _is_frozen(bias, x))):
@@ -64,7 +78,18 @@ def mixes_beside(layer: Any, x: Tensor, adapter: str) -> bool:
 
     So they do for quantised, trained and otherwise unusual bases of linear layers.
     """
-    if type(x) is not Tensor or not x.is_floating_point() or is_traced(x):
+    return not is_traced(x) and is_linear_mixture(layer, x, adapter)
+
+
+def is_linear_mixture(layer: Any, x: Tensor, adapter: str) -> bool:
+    """:func:`mixes_beside`, whatever watches the call.
+
+    Args:
+        layer: as there.
+        x: as there.
+        adapter: as there.
+    """
+    if type(x) is not Tensor or not x.is_floating_point():
         return False
     plain = not isinstance(layer, WHOLE_WEIGHT_LAYERS)
     return plain and _is_plain_pair(layer, adapter, x, drops=True)
@@ -97,15 +122,15 @@ def is_traced(x: Tensor) -> bool:
     """Whether something watches single operations, or changes what they mean."""
     return (
         torch.compiler.is_compiling()
-        or _autocast_changes(x)
+        or autocast_changes(x)
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
-        or _has_global_hooks()
+        or has_global_hooks()
     )
 
 
-def _autocast_changes(x: Tensor) -> bool:
+def autocast_changes(x: Tensor) -> bool:
     """Whether autocast lets a layer compute in another dtype than that of its input.
 
     Where it is the same the frozen layer gives what it gives without autocast, and the adapters'
@@ -120,7 +145,7 @@ def is_transformed(x: Tensor) -> bool:
     return type(x) is not Tensor or torch._C._are_functorch_transforms_active()
 
 
-def _has_global_hooks() -> bool:
+def has_global_hooks() -> bool:
     """Whether calls of modules run hooks of no one module, as ``nn.Module.__call__`` sees it."""
     hooks = nn.modules.module
     return bool(

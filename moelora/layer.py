@@ -29,6 +29,7 @@ from moelora.places import reads_position_pairs
 from moelora.routed_layer import planned_forward
 from moelora.routing import Routing
 from moelora.scope import Frame, LayerBinding, SharedRouting
+from moelora.traced_layer import traced_forward
 
 #: Where a layer keeps the weights of fixed mixtures.
 _FIXED = "_moelora_fixed_weights"
@@ -90,7 +91,8 @@ def routed_forward(original: Any, layer: Any, x: Tensor, *args: Any, **kwargs: A
     if weights is None and not (args or kwargs) and (frame is None or not frame.adapters_off):
         # told in training without a gradient too, where capacity counts real tokens
         is_told = frame is not None and (frame.tape is not None or layer.training)
-        output = planned_forward(
+        in_one_op = traced_forward if torch.compiler.is_compiling() else planned_forward
+        output = in_one_op(
             layer, x, binding, frame,
             token_mask=lambda: _token_mask(layer, x, frame) if is_told else None,
         )  # fmt: skip

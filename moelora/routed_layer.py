@@ -237,7 +237,7 @@ class RoutedPlan:
             members[0] = members[0]._replace(dropped=self.parts[2](x))
         asks = self.is_large or not self.uses_kernels
         all_mature = asks and all(plan.knows_all_mature() for plan in plans)
-        record = self._looks_on(binding, tape if takes else None)
+        record = looks_on(binding, tape if takes else None)
         if has_graph:
             results = routed_linears(
                 x, members, options=options, token_mask=token_mask, record=record,
@@ -281,12 +281,6 @@ class RoutedPlan:
                 return others
         return others
 
-    @staticmethod
-    def _looks_on(binding: LayerBinding | None, tape: Tape | None) -> bool:
-        """Whether somebody wants to see the decision."""
-        has_recorders = binding is not None and bool(binding.scope.recorders)
-        return has_recorders or (tape is not None and tape.observed)
-
     def finish(
         self,
         result: RoutedOutput,
@@ -295,41 +289,18 @@ class RoutedPlan:
         *,
         token_mask: Tensor | None,
     ) -> Tensor:
-        """Report the layer's decision to those who want it, and return its output.
+        """:func:`reported` for this layer.
 
         Args:
             result: what :meth:`compute` gave, or kept for this layer.
-            binding: the layer's place in its model.
-            frame: the current forward.
-            token_mask: ``(tokens,)`` True for real tokens, or None.
+            binding: as there.
+            frame: as there.
+            token_mask: as there.
         """
-        if binding is None:
-            return result.output
-        spec, tape, routing = self.spec, None, None
-        if frame is not None and result.statistics is not None:
-            tape = frame.tape
-        if self._looks_on(binding, tape) and result.router_logits is not None:
-            routing = _routing(
-                result.router_logits,
-                result.routing_weights,
-                min(spec.top_k, spec.num_experts),
-            )
-            for recorder in binding.scope.recorders:
-                recorder.add(binding.name, routing)
-        if tape is None or frame is None or result.statistics is None:
-            return result.output
-        entry = TapeEntry(
-            layer_name=binding.name,
-            routing=routing,
-            token_mask=token_mask,
-            loss_type=spec.loss_type,
-            coefficient=spec.aux_loss_coef,
-            router_is_trainable=self.tensors[2].requires_grad,
-            checkpointed=frame.checkpointed,
-            statistics=(result.statistics, spec.num_experts),
-            over_ranks=tape.training and spec.balance_over_ranks,
+        trains = self.tensors[2].requires_grad
+        return reported(
+            result, self.spec, binding, frame, token_mask=token_mask, router_is_trainable=trains
         )
-        return report(result.output, entry, tape)
 
     def knows_all_mature(self) -> bool:
         """Whether no expert is young, as far as that is known without asking the GPU each time."""
@@ -348,17 +319,84 @@ class RoutedPlan:
         return known[2]
 
     def _make_options(self, training: bool, takes: bool) -> RouterOptions:  # noqa: FBT001
-        spec = self.spec
-        options = RouterOptions(
-            spec.num_experts,
-            min(spec.top_k, spec.num_experts),
-            spec.temperature,
-            float(self.scaling),
-            spec.capacity_factor if training else None,
-            cast("LossType", spec.loss_type) if takes else None,
-        )
+        options = options_of(self.spec, self.scaling, training=training, takes=takes)
         self._options[training, takes] = options
         return options
+
+
+def options_of(spec: MixtureSpec, scaling: float, *, training: bool, takes: bool) -> RouterOptions:
+    """What the ops are told of a layer's router.
+
+    Args:
+        spec: of the layer's mixture.
+        scaling: of its adapter.
+        training: whether the layer trains.
+        takes: whether statistics for the auxiliary loss are wanted.
+    """
+    return RouterOptions(
+        spec.num_experts,
+        min(spec.top_k, spec.num_experts),
+        spec.temperature,
+        float(scaling),
+        spec.capacity_factor if training else None,
+        cast("LossType", spec.loss_type) if takes else None,
+    )
+
+
+def looks_on(binding: LayerBinding | None, tape: Tape | None) -> bool:
+    """Whether somebody wants to see a decision.
+
+    Args:
+        binding: the layer's place in its model.
+        tape: where the decision is left, or None.
+    """
+    has_recorders = binding is not None and bool(binding.scope.recorders)
+    return has_recorders or (tape is not None and tape.observed)
+
+
+def reported(
+    result: RoutedOutput,
+    spec: MixtureSpec,
+    binding: LayerBinding | None,
+    frame: Frame | None,
+    *,
+    token_mask: Tensor | None,
+    router_is_trainable: bool,
+) -> Tensor:
+    """A layer's output, its decision told to those who want it.
+
+    Args:
+        result: what the ops gave.
+        spec: of the layer's mixture.
+        binding: the layer's place in its model.
+        frame: the current forward.
+        token_mask: ``(tokens,)`` True for real tokens, or None.
+        router_is_trainable: whether the loss has to reach the router.
+    """
+    if binding is None:
+        return result.output
+    tape, routing = None, None
+    if frame is not None and result.statistics is not None:
+        tape = frame.tape
+    if looks_on(binding, tape) and result.router_logits is not None:
+        top_k = min(spec.top_k, spec.num_experts)
+        routing = _routing(result.router_logits, result.routing_weights, top_k)
+        for recorder in binding.scope.recorders:
+            recorder.add(binding.name, routing)
+    if tape is None or frame is None or result.statistics is None:
+        return result.output
+    entry = TapeEntry(
+        layer_name=binding.name,
+        routing=routing,
+        token_mask=token_mask,
+        loss_type=spec.loss_type,
+        coefficient=spec.aux_loss_coef,
+        router_is_trainable=router_is_trainable,
+        checkpointed=frame.checkpointed,
+        statistics=(result.statistics, spec.num_experts),
+        over_ranks=tape.training and spec.balance_over_ranks,
+    )
+    return report(result.output, entry, tape)
 
 
 def _routing(logits: Any, weights: Any, top_k: int) -> Routing:
@@ -423,13 +461,11 @@ def plan_of(layer: Any, x: Tensor) -> RoutedPlan | None:
         layer: a LoRA layer.
         x: its input.
     """
-    if torch.compiler.is_compiling():
-        return None
     plan: RoutedPlan | None = layer.__dict__.get(_PLAN)
     if plan is None or not plan.holds(layer, x):
         plan = _new_plan(layer, x)
         layer.__dict__[_PLAN] = plan
-    if plan is None or _keeps_graph(layer):
+    if plan is None or keeps_graph(layer):
         return None
     return plan
 
@@ -444,16 +480,24 @@ def forget_plan(layer: nn.Module) -> None:
     layer.__dict__.pop(_PLAN, None)
 
 
-def _keeps_graph(layer: Any) -> bool:
-    """Whether a recorder wants the decision with its graph, which the ops do not give."""
+def keeps_graph(layer: Any) -> bool:
+    """Whether a recorder wants the decision with its graph, which the ops do not give.
+
+    Args:
+        layer: a LoRA layer.
+    """
     binding: LayerBinding | None = layer.__dict__.get("_moelora_binding")
     if binding is None or not binding.scope.recorders:
         return False
     return any(getattr(recorder, "keep_graph", True) for recorder in binding.scope.recorders)
 
 
-def _new_plan(layer: Any, x: Tensor) -> RoutedPlan | None:
-    """A plan for a layer that has one routed mixture of its own and nothing else."""
+def mixture_alone(layer: Any) -> tuple[str, MixtureSpec] | None:
+    """A layer's adapter, if it is one routed mixture with a linear router of its own.
+
+    Args:
+        layer: a LoRA layer.
+    """
     mixtures: dict[str, MixtureSpec] = layer.__dict__.get("moe_mixtures", {})
     active = list(layer.active_adapters)
     if len(active) != 1 or active[0] not in mixtures or layer.disable_adapters or layer.merged:
@@ -469,7 +513,16 @@ def _new_plan(layer: Any, x: Tensor) -> RoutedPlan | None:
         return None
     if not is_bare(router) or router.reads_indices:
         return None
-    fuses_base = fusable(layer, x, active, drops=True) is not None
+    return adapter, spec
+
+
+def _new_plan(layer: Any, x: Tensor) -> RoutedPlan | None:
+    """A plan for a layer that has one routed mixture of its own and nothing else."""
+    found = mixture_alone(layer)
+    if found is None:
+        return None
+    adapter, spec = found
+    fuses_base = fusable(layer, x, [adapter], drops=True) is not None
     if not fuses_base and not mixes_beside(layer, x, adapter):
         return None
     plan = RoutedPlan(layer, adapter, spec, x, fuses_base=fuses_base)

@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import CompileConfig
 
 import moelora.layer
+from moelora.scope import scope_of
+from moelora.traced import TracedSums
 from tests.lm import (
     explicit_weights,
     gradients_of,
@@ -189,6 +191,94 @@ def generation() -> Found:
     return {"error": float(not torch.equal(found, expected)), "graphs": [graphs]}
 
 
+# By Triton's kernels, which a process with TRITON_INTERPRET=1 runs on the CPU -------------------
+
+
+def on_kernels(model: PeftModel) -> PeftModel:
+    """The model, its layers told to run the kernels."""
+    for layer in lora_layers(model).values():
+        layer.__dict__["_moelora_backend"] = "triton"
+    return model
+
+
+def counting(seen: list[int]) -> Callable[..., Any]:
+    """A compiler that notes how many layers of each graph are one operator."""
+
+    def compile_graph(graph: Any, inputs: Any) -> Any:
+        names = [str(node.target) for node in graph.graph.nodes]
+        seen.append(sum(name.startswith("moelora.routed_linear") for name in names))
+        compiler: Any = torch._dynamo.lookup_backend("aot_eager")
+        return compiler(graph, inputs)
+
+    return compile_graph
+
+
+def step_on_kernels(prepare: Callable[[PeftModel], None] | None = None, **fields: Any) -> Found:
+    """A training step at all lengths, by operators and without compilation."""
+    model = mixture(
+        base(),
+        target_modules=["q_proj", "down_proj"],
+        router_aux_loss_coef=2.0,
+        **{"expert_capacity_factor": 1.0, **fields},
+    )
+    on_kernels(model.train())
+    if prepare is not None:
+        prepare(model)
+    operators: list[int] = []
+    call = compiled(model, backend=counting(operators))
+
+    def run(length: int) -> tuple[list[Tensor], list[Tensor]]:
+        inputs = training_inputs(length)
+        results = []
+        for function in (call, model):
+            # dropout
+            torch.manual_seed(length)
+            results.append(step_of(model, function, **inputs))
+        return results[0], results[1]
+
+    return {**over_lengths(run), "operators": operators}
+
+
+def beside_bases(model: PeftModel) -> None:
+    """Let the bases compute themselves."""
+    for layer in lora_layers(model).values():
+        layer.base_layer.register_forward_hook(lambda _module, _inputs, output: 2 * output)
+
+
+def tokens_on_kernels(**fields: Any) -> Found:
+    """A forward without gradients at all lengths, by operators and without compilation."""
+    model = mixture(base(), target_modules=["q_proj", "down_proj"], **fields)
+    on_kernels(model.eval())
+    operators: list[int] = []
+    call = compiled(model, backend=counting(operators))
+
+    @torch.no_grad()
+    def run(length: int) -> tuple[list[Tensor], list[Tensor]]:
+        ids = token_ids(length=length)
+        return [call(input_ids=ids).logits], [model(input_ids=ids).logits]
+
+    return {**over_lengths(run), "operators": operators}
+
+
+def observed_on_kernels() -> Found:
+    """What the Trainer's callback is told by operators, and by PyTorch's operations."""
+    found = []
+    for runs_kernels in (True, False):
+        torch.manual_seed(0)
+        model = mixture(base(), target_modules=["q_proj", "down_proj"]).train()
+        if runs_kernels:
+            on_kernels(model)
+        scope = scope_of(model.get_base_model())
+        assert scope is not None
+        sums = scope.traced = TracedSums(model.get_base_model())
+        operators: list[int] = []
+        call = compiled(model, backend=counting(operators))
+        step_of(model, call, **training_inputs(9))
+        assert operators == [2 * runs_kernels]
+        found.append([sums.sums, sums.aux_loss])
+    return {"error": far(found[0], found[1]), "graphs": [1], "operators": [2]}
+
+
 def on_gpu(mode: str) -> None:
     """A training step in float32 on a GPU; writes the error of loss and gradients."""
     warnings.simplefilter("ignore")
@@ -213,14 +303,26 @@ CASES: dict[str, Callable[[], Found]] = {
     "generation": generation,
 }
 
+#: So many ranks for each chosen expert are computed sparsely.
+MANY = {"num_experts": 10, "top_k_experts": 1, "r": 32}
 
-def main() -> None:
+ON_KERNELS: dict[str, Callable[[], Found]] = {
+    "step": step_on_kernels,
+    "sparse step": lambda: step_on_kernels(**MANY),
+    "step with dropout": lambda: step_on_kernels(lora_dropout=0.3),
+    "step beside bases": lambda: step_on_kernels(beside_bases, expert_capacity_factor=None),
+    "tokens": tokens_on_kernels,
+    "observed": observed_on_kernels,
+}
+
+
+def main(cases: dict[str, Callable[[], Found]] = CASES) -> None:
     """Write a line for each case."""
     warnings.simplefilter("ignore")
-    for name in sys.argv[1:] or CASES:
+    for name, case in cases.items():
         torch.manual_seed(0)
         try:
-            found = CASES[name]()
+            found = case()
         except Exception as error:  # noqa: BLE001 - the test shows it
             found = {"failed": f"{type(error).__name__}: {error}"[:3000]}
         breaks = dict(torch._dynamo.utils.counters["graph_break"])

@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moelora.fused_layer import narrow_combine, narrows
 from moelora.ops import lora_combine_reference
-from tests.compile_cases import CASES, LENGTHS
+from tests.compile_cases import CASES, LENGTHS, ON_KERNELS
+from tests.interpreter import needs_interpreter
 from tests.lm import lora_layers, mixture, run_python, tiny_llama
 from tests.tracing import needs_model_tracing
 
@@ -25,14 +26,27 @@ def cases(*left_out: str) -> list[Any]:
     ]
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    """All cases, in a process without the shape checks of this one, which cannot be traced."""
-    finished = run_python("from tests.compile_cases import main; main()")
+def results_of(code: str) -> dict[str, Any]:
+    """What the cases gave, in a process without the shape checks of this one."""
+    finished = run_python(code)
     assert finished.returncode == 0, finished.stderr[-3000:]
     lines = [line for line in finished.stdout.splitlines() if line.startswith("CASE ")]
     results = [json.loads(line.removeprefix("CASE ")) for line in lines]
     return {each["case"]: each for each in results}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    """All cases; the shape checks of this process cannot be traced."""
+    return results_of("from tests.compile_cases import main; main()")
+
+
+@pytest.fixture(scope="module")
+def on_kernels() -> dict[str, Any]:
+    """The cases of Triton's kernels, in its interpreter."""
+    needs_interpreter()
+    interpreted = 'import os; os.environ["TRITON_INTERPRET"] = "1"; '
+    return results_of(interpreted + "from tests.compile_cases import *; main(ON_KERNELS)")
 
 
 @pytest.mark.parametrize("case", cases())
@@ -48,6 +62,18 @@ def test_it_compiles_without_a_graph_break_and_computes_the_same(
 @pytest.mark.parametrize("case", cases("wide_parameters", "generation"))
 def test_a_second_length_makes_the_last_graph(case: str, found: dict[str, Any]) -> None:
     assert found[case]["graphs"] == [1, *[2] * (len(LENGTHS) - 1)]
+
+
+@needs_model_tracing
+@pytest.mark.parametrize("case", ON_KERNELS)
+def test_the_kernels_are_operators_of_one_graph_and_compute_the_same(
+    case: str, on_kernels: dict[str, Any]
+) -> None:
+    assert "failed" not in on_kernels[case], on_kernels[case]["failed"]
+    assert on_kernels[case]["breaks"] == {}
+    assert set(on_kernels[case]["operators"]) == {2}
+    assert on_kernels[case]["error"] < 1e-5
+    assert on_kernels[case]["graphs"] in ([1], [1, 2, 2])
 
 
 @needs_model_tracing

@@ -62,7 +62,8 @@ class RoutedLinearsSparse(torch.autograd.Function):
         rows, lora_bs = pack(
             x, [member._replace(lora_a=member.lora_a[:0]) for member in members], alone
         )
-        slots = _new_slots(x.shape[0], number, options, sizes, x.device)
+        width = slots_width(x.shape[0], options, sizes)
+        slots = torch.empty(number, width, dtype=torch.int32, device=x.device)
         decision, _, statistics = route(
             wide_mm(x, rows.t()), token_mask, [None], options, alone, x.dtype, slots=slots
         )
@@ -137,18 +138,26 @@ class RoutedLinearsSparse(torch.autograd.Function):
         return tuple(results)
 
 
-def _new_slots(
-    tokens: int, members: int, options: RouterOptions, sizes: Sizes, device: torch.device
-) -> Tensor:
-    """Room for every expert's first slot and number of tokens, and the token of each slot."""
+def slots_width(tokens: int, options: RouterOptions, sizes: Sizes) -> int:
+    """Room for every expert's first slot and number of tokens, and the token of each slot.
+
+    Args:
+        tokens: of the input; may be symbolic.
+        options: how the routers decide.
+        sizes: of the layer.
+    """
     # as many slots as choices, and every segment rounded up to whole blocks
     number = -(-tokens * options.top_k // BLOCK_M) * BLOCK_M + options.num_experts * BLOCK_M
-    width = 2 * sizes.experts_block + number
-    return torch.empty(members, width, dtype=torch.int32, device=device)
+    return 2 * sizes.experts_block + number
 
 
-def _blocks(slots: Tensor, sizes: Sizes) -> int:
-    return (slots.shape[0] - 2 * sizes.experts_block) // BLOCK_M
+def compact_rows(width: int, sizes: Sizes) -> int:
+    """Slots for which ranks are kept, where :func:`slots_width` is ``width``."""
+    return _blocks(width, sizes) * BLOCK_M
+
+
+def _blocks(width: int, sizes: Sizes) -> int:
+    return (width - 2 * sizes.experts_block) // BLOCK_M
 
 
 def _block_k(dtype: torch.dtype) -> int:
@@ -173,7 +182,7 @@ def _down(
 ) -> Tensor:
     """Each slot's scaled ranks, and in ``wide`` the same in their place among all ranks."""
     tokens = x.shape[0]
-    blocks = _blocks(slots, sizes)
+    blocks = _blocks(slots.shape[0], sizes)
     compact = x.new_empty(blocks * BLOCK_M, sizes.rank)
     x = x.contiguous()
     launchers().down(
@@ -204,7 +213,7 @@ def _down_backward(
     tokens, d_out = grad.shape
     grad_compact = torch.empty_like(compact)
     launchers().down_backward(
-        (_blocks(slots, sizes), 1, 1),
+        (_blocks(slots.shape[0], sizes), 1, 1),
         (*sizes.key, d_out, lora_b.dtype, grad.dtype, grad.device),
         (
             grad, lora_b, slots, decision, compact, grad_compact, grad_z, shares, tokens, d_out,

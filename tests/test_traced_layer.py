@@ -1,0 +1,212 @@
+"""Which layers of a trace are one operator, and what it is told. Traces: tests/test_compile.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moelora.traced_layer as traced_layer
+from moelora import UnsupportedLayerError, record_routing
+from moelora.ops import Member, RoutedOutput, routed_linears
+from moelora.scope import Frame, Tape
+from moelora.traced_layer import traced_forward
+from tests.lm import lora_layers, mixture, tiny_llama
+from tests.tolerances import assert_close
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What operators are told, PyTorch's operations in their place."""
+    calls: list[dict[str, Any]] = []
+
+    def run(x: Tensor, member: Member, *, is_sparse: bool, **told: Any) -> RoutedOutput:
+        calls.append({"member": member, "is_sparse": is_sparse, **told})
+        return routed_linears(x, [member], backend="eager", **told)[0]
+
+    monkeypatch.setattr(traced_layer, "routed_linear_traced", run)
+    monkeypatch.setattr(traced_layer, "_choice", lambda *_: (True, True))
+    return calls
+
+
+def model_of(**fields: Any) -> Any:
+    return mixture(tiny_llama(dtype=torch.float32, num_hidden_layers=1), **fields)
+
+
+def first_layer(model: Any) -> Any:
+    return next(iter(lora_layers(model).values()))
+
+
+def forward(
+    layer: Any, x: Tensor, frame: Frame | None = None, mask: Tensor | None = None
+) -> Tensor | None:
+    binding = layer.__dict__["_moelora_binding"]
+    return traced_forward(layer, x, binding, frame, token_mask=lambda: mask)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_it_gives_what_the_layer_gives(training: bool, told: list[dict[str, Any]]) -> None:
+    layer, x = first_layer(model_of(expert_capacity_factor=1.0).train(training)), draw()
+    found = forward(layer, x)
+    assert found is not None
+    assert_close(found, layer(x))
+    member = told[0]["member"]
+    assert member.base_weight is layer.base_layer.weight
+    assert member.lora_a is layer.lora_A["default"].weight
+    assert told[0]["options"].capacity_factor == (1.0 if training else None)
+    assert not told[0]["record"]
+
+
+def draw() -> Tensor:
+    return torch.randn(2, 5, 16)
+
+
+def hook_on(part: str) -> Callable[[Any], None]:
+    def register(layer: Any) -> None:
+        module = getattr(layer, part)["default"]
+        module.register_forward_hook(lambda *_: None)
+
+    return register
+
+
+def bias_on_b(layer: Any) -> None:
+    layer.lora_B["default"].bias = nn.Parameter(torch.ones(layer.lora_B["default"].out_features))
+
+
+def transposed_a(layer: Any) -> None:
+    weight = layer.lora_A["default"].weight
+    weight.data = weight.data.t().contiguous().t()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [hook_on("lora_A"), hook_on("lora_B"), hook_on("lora_router"), bias_on_b, transposed_a],
+    ids=["hook on A", "hook on B", "hook on router", "bias", "transposed"],
+)
+def test_a_layer_that_is_more_than_its_arithmetic_goes_the_general_way(
+    change: Callable[[Any], None], told: list[dict[str, Any]]
+) -> None:
+    layer = first_layer(model_of().eval())
+    change(layer)
+    assert forward(layer, draw()) is None
+    assert not told
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"use_moe_routing": False},
+        {"router_type": "fixed"},
+        {"router_scope": "layer"},
+        {"expert_dropout": 0.5},
+    ],
+    ids=str,
+)
+def test_other_routing_goes_the_general_way(
+    fields: dict[str, Any], told: list[dict[str, Any]]
+) -> None:
+    assert forward(first_layer(model_of(**fields).train()), draw()) is None
+    assert not told
+
+
+def test_where_the_kernels_do_not_run_layers_go_the_general_way() -> None:
+    assert forward(first_layer(model_of().eval()), draw()) is None
+
+
+def test_an_export_holds_no_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = ("cuda", torch.float32, 8, 2, 16, "auto")
+    assert traced_layer._choice(*sizes) == (True, False)
+    monkeypatch.setattr(traced_layer, "_IS_EXPORTING", lambda: True)
+    assert traced_layer._choice(*sizes) == (False, False)
+
+
+def test_autocast_to_another_dtype_goes_the_general_way(told: list[dict[str, Any]]) -> None:
+    layer = first_layer(model_of().eval())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert forward(layer, draw()) is None
+    assert not told
+
+
+def test_hooks_of_all_modules_are_respected(told: list[dict[str, Any]]) -> None:
+    layer = first_layer(model_of().eval())
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert forward(layer, draw()) is None
+    finally:
+        handle.remove()
+    assert not told
+
+
+def test_a_decision_is_recorded_and_one_with_its_graph_goes_the_general_way(
+    told: list[dict[str, Any]],
+) -> None:
+    model = model_of().eval()
+    layer, x = first_layer(model), draw()
+    with record_routing(model) as record:
+        forward(layer, x)
+    assert told[0]["record"]
+    assert next(iter(record.routing.values())).routing_weights.shape == (10, 3)
+    with record_routing(model, keep_graph=True):
+        assert forward(layer, x) is None
+
+
+def test_a_base_with_a_hook_computes_itself(told: list[dict[str, Any]]) -> None:
+    layer, x = first_layer(model_of().eval()), draw()
+    layer.base_layer.register_forward_hook(lambda _module, _inputs, output: 2 * output)
+    found = forward(layer, x)
+    assert found is not None
+    assert_close(found, layer(x))
+    assert told[0]["member"].base_weight is None
+
+
+def test_a_base_that_gives_no_tensor_is_named(told: list[dict[str, Any]]) -> None:
+    layer = first_layer(model_of().eval())
+    layer.base_layer.register_forward_hook(lambda _module, _inputs, output: (output,))
+    with pytest.raises(UnsupportedLayerError, match="returns tuple, not a tensor"):
+        forward(layer, draw())
+    assert told
+
+
+def test_dropout_changes_what_a_reads(told: list[dict[str, Any]]) -> None:
+    layer, x = first_layer(model_of(lora_dropout=0.5).train()), draw()
+    torch.manual_seed(1)
+    found = forward(layer, x)
+    torch.manual_seed(1)
+    assert found is not None
+    assert_close(found, layer(x))
+    assert told[0]["member"].dropped is not None
+    assert not told[0]["is_sparse"]
+    layer.eval()
+    forward(layer, x)
+    assert told[1]["member"].dropped is None
+    assert told[1]["is_sparse"]
+
+
+def test_padding_without_a_capacity_and_young_experts_are_computed_densely(
+    told: list[dict[str, Any]],
+) -> None:
+    x, mask = draw(), torch.arange(10) > 2
+    for capacity_factor in (None, 1.0):
+        layer = first_layer(model_of(expert_capacity_factor=capacity_factor).train())
+        forward(layer, x, mask=mask)
+    layer.lora_router["default"].mature = torch.tensor([True, True, False])
+    forward(layer, x)
+    assert [call["is_sparse"] for call in told] == [False, True, False]
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.5])
+def test_the_auxiliary_loss_gets_its_statistics(
+    coefficient: float, told: list[dict[str, Any]]
+) -> None:
+    layer, x = first_layer(model_of(router_aux_loss_coef=coefficient).train()), draw()
+    tape = Tape()
+    forward(layer, x, Frame(tape=tape))
+    entries = tape.close()
+    assert len(entries) == (coefficient != 0)
+    assert all(entry.has_graph and entry.router_is_trainable for entry in entries)
+    # a block that its model recomputes by itself has to save what its forward saved
+    forward(layer, x)
+    assert (told[1]["options"].loss_type is not None) == (coefficient != 0)
