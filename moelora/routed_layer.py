@@ -215,7 +215,6 @@ class RoutedPlan:
             # a block that its model recomputes by itself: it has to save what its forward saved
             takes = spec.aux_loss_coef != 0 or bool(binding.scope.observers)
         options = self._options.get((training, takes)) or self._make_options(training, takes)
-        # each layer drops other elements of one input, so their A read different ones
         dropping = self.dropping
         has_graph = training or takes or dropping or torch.is_grad_enabled()
         inputs = None if frame is None or binding is None else frame.inputs
@@ -225,16 +224,16 @@ class RoutedPlan:
                 inputs.watch.see(binding.name, layer, x)
             group = inputs.groups.get(binding.name)
             checkpointed = frame is not None and frame.checkpointed
-            if (
-                group
-                and not dropping
-                and (checkpointed or not (has_graph and may_be_recomputed_alone()))
-            ):
+            if group and (checkpointed or not (has_graph and may_be_recomputed_alone())):
                 others = self._others(group, layer, x)
         plans = [self, *(plan for _, plan in others)]
         members = [plan.member() for plan in plans]
         if dropping:
-            members[0] = members[0]._replace(dropped=self.parts[2](x))
+            # each drops other elements, in the order of the layers' own calls
+            members = [
+                member._replace(dropped=plan.parts[2](x))
+                for member, plan in zip(members, plans, strict=True)
+            ]
         asks = self.is_large or not self.uses_kernels
         all_mature = asks and all(plan.knows_all_mature() for plan in plans)
         record = looks_on(binding, tape if takes else None)
@@ -274,7 +273,7 @@ class RoutedPlan:
             plan: RoutedPlan | None = other.__dict__.get(_PLAN)
             if plan is None or not plan.holds_like(self, other):
                 plan = plan_of(other, x)
-            if plan is None or plan.kind != self.kind or plan.dropping:
+            if plan is None or plan.kind != self.kind or plan.dropping != self.dropping:
                 return others
             others.append((name, plan))
             if len(others) + 1 == MAX_MEMBERS:

@@ -62,6 +62,9 @@ def traced_forward(
     )  # fmt: skip
     if not runs or not is_linear_mixture(layer, x, adapter):
         return None
+    # a scaling that is a tensor, as for swapping adapters of a compiled model, is not fixed
+    if isinstance(layer.scaling[adapter], Tensor):
+        return None
     if not all(parameter.is_contiguous() for parameter in parameters):
         return None
     base = frozen_linear(layer, x, [adapter], drops=True)

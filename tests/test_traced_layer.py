@@ -81,10 +81,21 @@ def transposed_a(layer: Any) -> None:
     weight.data = weight.data.t().contiguous().t()
 
 
+def scaling_as_tensor(layer: Any) -> None:
+    layer.scaling["default"] = torch.tensor(2.0)
+
+
 @pytest.mark.parametrize(
     "change",
-    [hook_on("lora_A"), hook_on("lora_B"), hook_on("lora_router"), bias_on_b, transposed_a],
-    ids=["hook on A", "hook on B", "hook on router", "bias", "transposed"],
+    [
+        hook_on("lora_A"),
+        hook_on("lora_B"),
+        hook_on("lora_router"),
+        bias_on_b,
+        transposed_a,
+        scaling_as_tensor,
+    ],
+    ids=["hook on A", "hook on B", "hook on router", "bias", "transposed", "scaling"],
 )
 def test_a_layer_that_is_more_than_its_arithmetic_goes_the_general_way(
     change: Callable[[Any], None], told: list[dict[str, Any]]

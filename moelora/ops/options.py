@@ -51,7 +51,7 @@ class Member(NamedTuple):
         mature: ``(experts,)`` bool; while one is False all experts share every token. Or None.
         is_conv1d: the base is a ``Conv1D``.
         dropped: ``(*batch, d_in)``, what A reads instead of the input (after dropout), or None.
-            Such a layer is served alone.
+            Layers that are served together have one each, or none has.
     """
 
     base_weight: Tensor | None
@@ -62,6 +62,11 @@ class Member(NamedTuple):
     mature: Tensor | None = None
     is_conv1d: bool = False
     dropped: Tensor | None = None
+
+    @property
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """What may have a gradient besides the input, as the autograd functions take it."""
+        return self.lora_a, self.lora_b, self.router, self.dropped
 
 
 class RoutedOutput(NamedTuple):

@@ -106,7 +106,7 @@ def routed_linears(
         x: ``(*batch, d_in)``.
         members: one or more layers; up to three at a time share the kernels' work. Shapes but
             ``d_out``, and dtypes, are the same for all; all have maturity flags or none has, and
-            base weights likewise. One with ``dropped`` is served alone.
+            base weights likewise. Of those with and without ``dropped`` each is served alone.
         options: how each router decides.
         token_mask: as there, and all that follow.
         record: as there.
@@ -143,12 +143,9 @@ def routed_linears(
     countable = token_mask is None or options.capacity_factor is not None
     is_sparse = choice.is_sparse and countable and (members[0].mature is None or all_mature)
     for some in portions:
-        dropped = some[0].dropped
-        op: Any = RoutedLinearsSparse if is_sparse and dropped is None else RoutedLinears
-        tensors = [tensor for member in some for tensor in member[2:5]]
-        *results, decision = op.apply(
-            x, token_mask, some, options, packer, record, dropped, *tensors
-        )
+        op: Any = RoutedLinearsSparse if is_sparse and some[0].dropped is None else RoutedLinears
+        tensors = [tensor for member in some for tensor in member.differentiable]
+        *results, decision = op.apply(x, token_mask, some, options, packer, record, *tensors)
         decisions = [None] * len(some) if decision is None else decision.unbind()
         outputs, statistics = results[: len(some)], results[len(some) :]
         found += map(_recorded, outputs, statistics, decisions)
@@ -175,7 +172,7 @@ def _portions(members: Sequence[Member], choice: Choice) -> Sequence[Sequence[Me
     Raises:
         ValueError: if they are not alike: the kernels would read the others as the first.
     """
-    if any(member.dropped is not None for member in members):
+    if len({member.dropped is None for member in members}) > 1:
         return [(member,) for member in members]
     kinds = {_kind(member) for member in members}
     if choice.backend != "triton":
@@ -212,10 +209,8 @@ def _eager(
     all_mature: bool,
 ) -> list[RoutedOutput]:
     op: Any = RoutedLinearsEager
-    tensors = [tensor for member in members for tensor in member[2:5]]
-    *results, logits, weights = op.apply(
-        x, token_mask, members, options, all_mature, members[0].dropped, *tensors
-    )
+    tensors = [tensor for member in members for tensor in member.differentiable]
+    *results, logits, weights = op.apply(x, token_mask, members, options, all_mature, *tensors)
     decisions = zip(logits.unbind(1), weights.unbind(1), strict=True)
     outputs, statistics = results[: len(members)], results[len(members) :]
     return list(map(_recorded, outputs, statistics, decisions))

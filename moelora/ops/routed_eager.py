@@ -18,8 +18,9 @@ from moelora.ops.options import Member, RouterOptions
 from moelora.ops.products import wide_mm, with_update
 
 _ROUNDING = 1e-4
-#: Where A, B and router of the first member stand among the autograd function's arguments.
-_FIRST_TENSOR = 6
+#: Where the first member's tensors stand among the autograd function's arguments, and how many each
+#: member has.
+_FIRST_TENSOR, _TENSORS = 5, 4
 
 
 class _Computed(NamedTuple):
@@ -94,8 +95,7 @@ def compute(
 class RoutedLinearsEager(torch.autograd.Function):
     """See :func:`moelora.ops.routed.routed_linears`.
 
-    The tensors are A, B and router of one member after the other, those that may have gradients,
-    as may ``dropped``, what the A of a lone member reads instead of ``x``; the results are all
+    The tensors are ``Member.differentiable`` of one member after the other; the results are all
     outputs, all statistics (or None), the logits and the weights.
     """
 
@@ -107,8 +107,7 @@ class RoutedLinearsEager(torch.autograd.Function):
         members: Sequence[Member],
         options: RouterOptions,
         all_mature: bool,  # noqa: FBT001 - apply() takes no keywords
-        dropped: Tensor | None,
-        *_tensors: Tensor,
+        *_tensors: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         """Forward."""
         ctx.set_materialize_grads(False)
@@ -118,9 +117,9 @@ class RoutedLinearsEager(torch.autograd.Function):
         ctx.are_conv1d = [member.is_conv1d for member in members]
         found = compute(x, members, options, token_mask=token_mask, all_mature=all_mature)
         ctx.save_for_backward(
-            x, dropped, found.logits, found.weights, token_mask, found.statistics,
+            x, found.logits, found.weights, token_mask, found.statistics,
             *(member.base_weight for member in members), *(member.router for member in members),
-            *found.lora_as, *found.lora_bs, *found.mixed,
+            *(member.dropped for member in members), *found.lora_as, *found.lora_bs, *found.mixed,
         )  # fmt: skip
         ctx.mark_non_differentiable(found.logits, found.weights)
         each: Sequence[Tensor | None] = [None] * len(members)
@@ -133,37 +132,39 @@ class RoutedLinearsEager(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Backward."""
         number, options = len(ctx.are_conv1d), ctx.options
-        x, dropped, logits, weights, token_mask, statistics, *rest = ctx.saved_tensors
-        bases, routers, lora_as, lora_bs, mixed = (
-            rest[start : start + number] for start in range(0, 5 * number, number)
+        x, logits, weights, token_mask, statistics, *rest = ctx.saved_tensors
+        bases, routers, dropped, lora_as, lora_bs, mixed = (
+            rest[start : start + number] for start in range(0, 6 * number, number)
         )
         needs = ctx.needs_input_grad
         x = x.reshape(-1, x.shape[-1])
-        read = x if dropped is None else dropped.reshape(-1, x.shape[-1])
         grads = output_gradients(gradients, lora_bs, x)
-        results: list[Tensor | None] = [None] * (_FIRST_TENSOR + 3 * number)
-        places = range(_FIRST_TENSOR, len(results), 3)
+        results: list[Tensor | None] = [None] * (_FIRST_TENSOR + _TENSORS * number)
+        places = range(_FIRST_TENSOR, len(results), _TENSORS)
         for index, place in enumerate(places):
             if needs[place + 1]:
                 grad_b = wide_mm(grads[index].t(), mixed[index])
                 results[place + 1] = _as(grad_b, ctx.dtypes[1])
-        needs_inputs = needs[0] or needs[_FIRST_TENSOR - 1]
-        if not (needs_inputs or any(needs[_FIRST_TENSOR::3]) or any(needs[_FIRST_TENSOR + 2 :: 3])):
+        needs_routers = any(needs[place + 2] for place in places)
+        others = any(needs[place] or needs[place + 3] for place in places)
+        if not (needs[0] or needs_routers or others):
             return tuple(results)
         grad_ranks, shares = _ranks_gradients(grads, lora_bs, mixed, weights, options)
         scores = logits_gradient(
             shares, logits, weights, token_mask, statistics, gradients[number : 2 * number], options
         ).flatten(1)
-        if any(needs[_FIRST_TENSOR + 2 :: 3]):
+        if needs_routers:
             grad_routers = _as(scores.t() @ _as(x, scores.dtype), ctx.dtypes[2])
-            results[_FIRST_TENSOR + 2 :: 3] = grad_routers.split(options.num_experts)
+            results[_FIRST_TENSOR + 2 :: _TENSORS] = grad_routers.split(options.num_experts)
         for index, place in enumerate(places):
+            each = dropped[index]
             if needs[place]:
+                read = x if each is None else each.reshape(x.shape)
                 grad_a = wide_mm(grad_ranks[index].t(), read)
                 results[place] = _as(grad_a, ctx.dtypes[0])
-        if dropped is not None:
-            if needs[_FIRST_TENSOR - 1]:
-                results[_FIRST_TENSOR - 1] = torch.mm(grad_ranks[0], lora_as[0]).view(ctx.shape)
+            if each is not None and needs[place + 3]:
+                results[place + 3] = torch.mm(grad_ranks[index], lora_as[index]).view(ctx.shape)
+        if dropped[0] is not None:
             grad_ranks = []
         if needs[0]:
             grad_x = _as(scores, x.dtype) @ _as(_stacked(routers), x.dtype)

@@ -17,6 +17,7 @@ from moelora.ops.products import wide_mm
 from moelora.ops.routed_triton import (
     BLOCK_M,
     FIRST_TENSOR,
+    TENSORS,
     Sizes,
     input_gradient,
     launchers,
@@ -45,8 +46,7 @@ class RoutedLinearsSparse(torch.autograd.Function):
         options: RouterOptions,
         _packer: Any,
         record: bool,  # noqa: FBT001 - apply() takes no keywords
-        _dropped: None,
-        *_tensors: Tensor,
+        *_tensors: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         """Forward."""
         ctx.set_materialize_grads(False)
@@ -94,8 +94,8 @@ class RoutedLinearsSparse(torch.autograd.Function):
             grad.contiguous()
             for grad in output_gradients(gradients, lora_bs, x)
         ]
-        results: list[Tensor | None] = [None] * (FIRST_TENSOR + 3 * number)
-        places = range(FIRST_TENSOR, len(results), 3)
+        results: list[Tensor | None] = [None] * (FIRST_TENSOR + TENSORS * number)
+        places = range(FIRST_TENSOR, len(results), TENSORS)
         for index, place in enumerate(places):
             if needs[place + 1]:
                 grad_b = torch.empty_like(lora_bs[index], dtype=ctx.dtypes[1])
@@ -104,7 +104,7 @@ class RoutedLinearsSparse(torch.autograd.Function):
                     strides=(1, sizes.ranks),
                 )  # fmt: skip
                 results[place + 1] = grad_b
-        needs_rows = any(needs[FIRST_TENSOR::3]) or any(needs[FIRST_TENSOR + 2 :: 3])
+        needs_rows = any(needs[place] or needs[place + 2] for place in places)
         if not (needs[0] or needs_rows):
             return tuple(results)
         grad_z = x.new_zeros(x.shape[0], sizes.grad_columns)

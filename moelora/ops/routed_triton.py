@@ -21,8 +21,9 @@ from moelora.ops.products import base_gradient, update_first, wide_mm, with_upda
 BLOCK_M = 32
 #: Layers that may share one input's work: the kernels take so many pointers.
 MAX_MEMBERS = 3
-#: Where A, B and router of the first member stand among the arguments of the autograd functions.
-FIRST_TENSOR = 7
+#: Where the first member's tensors stand among the autograd functions' arguments, and how many each
+#: member has.
+FIRST_TENSOR, TENSORS = 6, 4
 
 
 class Sizes:
@@ -284,8 +285,7 @@ def results_of(
 class RoutedLinears(torch.autograd.Function):
     """See :func:`moelora.ops.routed.routed_linears`.
 
-    The tensors are A, B and router of one member after the other, those that may have gradients,
-    as may ``dropped``, what the A of a lone member reads instead of ``x``; ``packer`` is
+    The tensors are ``Member.differentiable`` of one member after the other; ``packer`` is
     :func:`pack` or does the same. The results are all outputs, all statistics (or None), and
     the decisions (None unless ``record``).
     """
@@ -299,8 +299,7 @@ class RoutedLinears(torch.autograd.Function):
         options: RouterOptions,
         packer: Callable[..., tuple[Tensor, list[Tensor]]],
         record: bool,  # noqa: FBT001 - apply() takes no keywords
-        dropped: Tensor | None,
-        *_tensors: Tensor,
+        *_tensors: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         """Forward."""
         ctx.set_materialize_grads(False)
@@ -313,19 +312,19 @@ class RoutedLinears(torch.autograd.Function):
         )
         flat = x.reshape(-1, x.shape[-1])
         rows, lora_bs = packer(flat, members, sizes)
-        if dropped is None:
+        dropped = _flattened(members, x.shape[-1])
+        if not dropped:
             z = wide_mm(flat, rows.t())
         else:
-            dropped = dropped.reshape(-1, x.shape[-1])
-            start = sizes.first_score
-            halves = [wide_mm(dropped, rows[:start].t()), wide_mm(flat, rows[start:].t())]
-            z = torch.cat(halves, dim=1)
+            own_rows = _own_rows(rows, sizes)
+            parts = [wide_mm(each, own.t()) for each, own in zip(dropped, own_rows, strict=False)]
+            z = torch.cat([*parts, wide_mm(flat, own_rows[-1].t())], dim=1)
         matures = [member.mature for member in members]
         decision, mixed, statistics = route(z, token_mask, matures, options, sizes, x.dtype)
         outputs = outputs_of(x, flat, members, mixed, lora_bs)
         weights = [member.base_weight for member in members]
         ctx.save_for_backward(
-            flat, rows, dropped, mixed, decision, token_mask, statistics, *weights, *lora_bs
+            flat, rows, mixed, decision, token_mask, statistics, *weights, *lora_bs, *dropped
         )
         return results_of(ctx, outputs, statistics, decision if record else None)
 
@@ -334,18 +333,21 @@ class RoutedLinears(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Backward."""
         sizes, number = ctx.sizes, ctx.sizes.members
-        x, rows, dropped, *rest = ctx.saved_tensors
-        saved, weights, lora_bs = rest[:4], rest[4 : 4 + number], rest[4 + number :]
+        x, rows, *rest = ctx.saved_tensors
+        saved, weights, lora_bs, dropped = (
+            rest[:4], rest[4 : 4 + number], rest[4 + number : 4 + 2 * number],
+            rest[4 + 2 * number :],
+        )  # fmt: skip
         needs = ctx.needs_input_grad
         grads = output_gradients(gradients, lora_bs, x)
-        results: list[Tensor | None] = [None] * (FIRST_TENSOR + 3 * number)
-        places = range(FIRST_TENSOR, len(results), 3)
+        results: list[Tensor | None] = [None] * (FIRST_TENSOR + TENSORS * number)
+        places = range(FIRST_TENSOR, len(results), TENSORS)
         for place, grad, mixed in zip(places, grads, saved[0].unbind(), strict=True):
             if needs[place + 1]:
                 grad_b = wide_mm(grad.t(), mixed)
                 results[place + 1] = in_dtype(grad_b, ctx.dtypes[1], grad_b.shape[0])
-        needs_rows = any(needs[FIRST_TENSOR::3]) or any(needs[FIRST_TENSOR + 2 :: 3])
-        if not (needs[0] or needs_rows or needs[FIRST_TENSOR - 1]):
+        needs_rows = any(needs[place] or needs[place + 2] for place in places)
+        if not (needs[0] or needs_rows or any(needs[place + 3] for place in places)):
             return tuple(results)
         grad_mixed = [wide_mm(grad, lora_b) for grad, lora_b in zip(grads, lora_bs, strict=True)]
         grad_z = route_backward(
@@ -360,12 +362,12 @@ class RoutedLinears(torch.autograd.Function):
                 results[place + 2] = in_dtype(grad_router, ctx.dtypes[2], sizes.experts)
         # the leading bits of the router's rows are all that the dtype of x can hold
         used = rows[: sizes.grad_columns]
-        if dropped is not None:
-            start = sizes.first_score
-            if needs[FIRST_TENSOR - 1]:
-                grad_dropped = torch.mm(grad_z[:, :start], used[:start])
-                results[FIRST_TENSOR - 1] = grad_dropped.view(ctx.shape)
-            grad_z, used = grad_z[:, start:], used[start:]
+        if dropped:
+            *own_grads, grad_z = grad_z.split_with_sizes(_own_sizes(sizes), dim=1)
+            *own_rows, used = _own_rows(used, sizes)
+            for place, own_grad, own in zip(places, own_grads, own_rows, strict=True):
+                if needs[place + 3]:
+                    results[place + 3] = torch.mm(own_grad, own).view(ctx.shape)
         if needs[0]:
             results[0] = input_gradient(grads, weights, ctx.are_conv1d, grad_z, used).view(
                 ctx.shape
@@ -373,14 +375,31 @@ class RoutedLinears(torch.autograd.Function):
         return tuple(results)
 
 
+def _flattened(members: Sequence[Member], d_in: int) -> list[Tensor]:
+    """What each member's A reads, ``(tokens, d_in)``; nothing if all read the input."""
+    return [m.dropped.reshape(-1, d_in) for m in members if m.dropped is not None]
+
+
+def _own_sizes(sizes: Sizes) -> list[int]:
+    """Columns of each member's A, then of all their scores, as the gradients have them."""
+    return [sizes.padded_ranks] * sizes.members + [sizes.grad_columns - sizes.first_score]
+
+
+def _own_rows(rows: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
+    """Each member's A, then the rows of all routers that are left."""
+    ends = [index * sizes.padded_ranks for index in range(1, sizes.members + 1)]
+    return rows.tensor_split(ends)
+
+
 def _row_gradients(
-    grad_z: Tensor, x: Tensor, dropped: Tensor | None, sizes: Sizes
+    grad_z: Tensor, x: Tensor, dropped: Sequence[Tensor], sizes: Sizes
 ) -> Sequence[Tensor]:
     """The gradients of each member's A, then of each one's router, padded."""
-    if dropped is None:
+    if not dropped:
         return wide_mm(grad_z.t(), x).split_with_sizes(sizes.parts)
-    start = sizes.first_score
-    return wide_mm(grad_z[:, :start].t(), dropped), wide_mm(grad_z[:, start:].t(), x)
+    *own_grads, scores = grad_z.split_with_sizes(_own_sizes(sizes), dim=1)
+    own = [wide_mm(grad.t(), each) for grad, each in zip(own_grads, dropped, strict=True)]
+    return *own, *wide_mm(scores.t(), x).split(sizes.padded_experts)
 
 
 def outputs_of(

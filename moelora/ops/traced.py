@@ -29,10 +29,10 @@ _OPTIONS = (
 #: chosen ones, logits and weights, statistics, B in the dtype of the input.
 _MADE = ("rows", "ranks", "decision", "statistics", "narrow_b")
 #: Where these stand among the tensors that the autograd functions save.
-_DENSE_PLACES, _SPARSE_PLACES = (1, 3, 4, 6, 8), (1, 5, 2, 4, 6)
+_DENSE_PLACES, _SPARSE_PLACES = (1, 2, 3, 5, 7), (1, 5, 2, 4, 6)
 _LAYER_ARGUMENTS = 10
-#: Input, dropped input, A, B and router among the arguments.
-_WITH_GRADIENT = (0, 2, 5, 6, 7)
+#: Input, A, B, router and dropped input among the arguments.
+_WITH_GRADIENT = (0, 5, 6, 7, 2)
 
 
 class _Call:
@@ -78,7 +78,7 @@ class _Call:
         """The output, and what ``_MADE`` lists; empty is what there is none of."""
         mask = None if self.token_mask is None else self.token_mask.contiguous()
         output, *_ = self.function.forward(
-            self, self.x, mask, (self.member,), self.options, pack, False, self.dropped
+            self, self.x, mask, (self.member,), self.options, pack, False
         )
         places = _SPARSE_PLACES if self.is_sparse else _DENSE_PLACES
         made = [self.saved_tensors[place] for place in places]
@@ -114,7 +114,7 @@ class _Call:
         made: Sequence[Tensor],
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
-        """The gradients of input, dropped input, A, B and router, those that are needed.
+        """The gradients of input, A, B, router and dropped input, those that are needed.
 
         Args:
             grad: of the output.
@@ -133,16 +133,14 @@ class _Call:
                 member.lora_a, member.router,
             )  # fmt: skip
         else:
-            dropped = None if self.dropped is None else self.dropped.reshape(flat.shape)
+            dropped = [] if self.dropped is None else [self.dropped.reshape(flat.shape)]
             self.saved_tensors = (
-                flat, rows, dropped, ranks, decision, mask, sums, member.base_weight, narrow_b,
+                flat, rows, ranks, decision, mask, sums, member.base_weight, narrow_b, *dropped,
             )  # fmt: skip
-        needs_x, needs_dropped, *needs_rest = needs
-        others = [False] * (FIRST_TENSOR - 2)
-        self.needs_input_grad = (needs_x, *others, needs_dropped, *needs_rest)
+        self.needs_input_grad = (needs[0], *([False] * (FIRST_TENSOR - 1)), *needs[1:])
         pull = None if pull is None or sums is None else pull[0]
         found = self.function.backward(self, grad, pull, None)
-        return [found[0], *found[FIRST_TENSOR - 1 :]]
+        return [found[0], *found[FIRST_TENSOR:]]
 
 
 # not torch.library.custom_op, which looks in every call for results that share memory: that takes
@@ -173,7 +171,7 @@ def _(*arguments: Any) -> list[Tensor]:
 @torch.library.impl(_LIBRARY, "routed_linear_backward", "CompositeExplicitAutograd")
 @in_given_dtypes
 def _backward(*arguments: Any) -> list[Tensor]:
-    """The gradients of input, dropped input, A, B and router; empty where none is needed."""
+    """The gradients of input, A, B, router and dropped input; empty where none is needed."""
     *own, grad, pull, made, needs = arguments
     call = _Call(own)
     with torch.no_grad():
@@ -189,7 +187,7 @@ def _(*arguments: Any) -> list[Tensor]:
     *own, _grad, _pull, _made, needs = arguments
     call = _Call(own)
     member = call.member
-    inputs = (call.x, call.dropped, member.lora_a, member.lora_b, member.router)
+    inputs = (call.x, *member.differentiable)
     return [
         tensor.new_empty(tensor.shape) if needed and tensor is not None else call.x.new_empty(0)
         for tensor, needed in zip(inputs, needs, strict=True)

@@ -150,59 +150,76 @@ def beside_bases(name: str, dtype: torch.dtype, *, tokens: int, trains: bool) ->
 
 
 def with_dropout(
-    name: str, dtype: torch.dtype, *, tokens: int, has_base: bool, wanted: tuple[bool, ...]
+    name: str,
+    dtype: torch.dtype,
+    *,
+    tokens: int,
+    widths: tuple[int, ...],
+    has_base: bool,
+    wanted: tuple[bool, ...],
 ) -> list[float]:
-    """The same for a layer whose A reads the input after dropout, and the router before it.
+    """The same for layers whose A read the input after dropout, and the routers before it.
 
     Args:
         name: the backend.
         dtype: of all tensors.
         tokens: of each of two rows.
-        has_base: whether the op computes the base.
-        wanted: of input, dropped input, A, B and router, which have a gradient.
+        widths: of the layers' outputs. One alone stands beside a layer without dropout.
+        has_base: whether the op computes the bases.
+        wanted: of input, and each A, B, router and dropped input, which have a gradient.
     """
     generator = torch.Generator().manual_seed(tokens)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    inputs = [normal(2, tokens, 12), normal(2, tokens, 12), normal(8, 12), normal(7, 8)]
-    inputs.append(normal(4, 12))
-    weight, direction = normal(7, 12), normal(2, tokens, 7)
+    inputs = [normal(2, tokens, 12)]
+    for width in widths:
+        inputs += [normal(8, 12), normal(width, 8), normal(4, 12), normal(2, tokens, 12)]
+    wanted = (wanted[0], *wanted[1:] * len(widths))
+    weights = [normal(width, 12) for width in widths]
+    directions = [normal(2, tokens, width) for width in widths]
     options = RouterOptions(4, 2, 2.0, 1.7, 1.0, "switch")
     ours = [t.clone().requires_grad_(w) for t, w in zip(inputs, wanted, strict=True)]
     theirs = [t.double().requires_grad_(w) for t, w in zip(inputs, wanted, strict=True)]
-    x, dropped, *rest = ours
-    member = Member(weight if has_base else None, None, *rest, dropped=dropped)
-    # beside a layer without dropout
-    _, result = routed_linears(
-        x, [member._replace(dropped=None), member], options=options, backend=name
-    )
-    x, dropped, lora_a, lora_b, router = theirs
-    base = weight.double() if has_base else torch.zeros(7, 12, dtype=torch.float64)
-    flat = x.reshape(-1, 12)
-    _, sums = routed_linear_reference(flat, base, None, lora_a, lora_b, router, options=options)
-    parts = (dropped.reshape(-1, 12) @ lora_a.t()).unflatten(1, (4, 2))
-    mixed = (parts * sums["weights"].unsqueeze(2) * 1.7).flatten(1)
-    expected = (flat @ base.t() + mixed @ lora_b.t()).reshape(2, tokens, 7)
-    assert result.statistics is not None
-    pull = torch.linspace(-1, 1, 4, dtype=torch.float64)
-    extra, extra_expected = result.statistics[:4] @ pull.to(dtype), sums["mean_probs"] @ pull
-    ((result.output * direction).sum() + extra).backward()
-    ((expected * direction.double()).sum() + extra_expected).backward()
-    pairs = [(result.output, expected), (extra, extra_expected)]
+    x, *rest = ours
+    members = [
+        Member(weight if has_base else None, None, *rest[at : at + 3], dropped=rest[at + 3])
+        for weight, at in zip(weights, range(0, len(rest), 4), strict=True)
+    ]
+    beside = [members[0]._replace(dropped=None)] if len(members) == 1 else []
+    results = routed_linears(x, [*beside, *members], options=options, backend=name)[len(beside) :]
+    pull, pairs = torch.linspace(-1, 1, 4, dtype=torch.float64), []
+    total, total_expected = torch.zeros((), dtype=dtype), torch.zeros((), dtype=torch.float64)
+    for index, result in enumerate(results):
+        lora_a, lora_b, router, dropped = theirs[1 + 4 * index : 5 + 4 * index]
+        base = weights[index].double() if has_base else torch.zeros(widths[index], 12).double()
+        flat = theirs[0].reshape(-1, 12)
+        _, sums = routed_linear_reference(flat, base, None, lora_a, lora_b, router, options=options)
+        parts = (dropped.reshape(-1, 12) @ lora_a.t()).unflatten(1, (4, 2))
+        mixed = (parts * sums["weights"].unsqueeze(2) * 1.7).flatten(1)
+        expected = (flat @ base.t() + mixed @ lora_b.t()).reshape(2, tokens, widths[index])
+        assert result.statistics is not None
+        extra, extra_expected = result.statistics[:4] @ pull.to(dtype), sums["mean_probs"] @ pull
+        pairs += [(result.output, expected), (extra, extra_expected)]
+        total = total + (result.output * directions[index]).sum() + extra
+        total_expected = total_expected + (expected * directions[index]).sum() + extra_expected
+    total.backward()
+    total_expected.backward()
     assert [t.grad is not None for t in ours] == list(wanted)
     pairs += [(a.grad, b.grad) for a, b, w in zip(ours, theirs, wanted, strict=True) if w]
     return [relative(one, other) for one, other in pairs]
 
 
-#: Tokens of each of two rows, whether the op computes the base, and which gradients are wanted.
+#: Tokens of each of two rows, widths of the layers, whether the op computes the bases, and which
+#: gradients are wanted.
 DROPPED = [
-    (3, True, (True, True, True, True, True)),
-    (20, False, (True, True, True, True, True)),
-    (3, True, (False, False, True, True, True)),
-    (3, False, (False, True, False, False, True)),
-    (3, True, (True, False, False, True, False)),
+    (3, (7,), True, (True, True, True, True, True)),
+    (20, (7, 5, 6), True, (True, True, True, True, True)),
+    (20, (7, 5), False, (True, True, True, True, True)),
+    (3, (7, 5), True, (False, True, True, True, False)),
+    (3, (7, 5), False, (False, False, False, True, True)),
+    (3, (7,), True, (True, False, True, False, False)),
 ]
 
 #: Tokens of each of two rows, whether with gradients.
@@ -236,9 +253,11 @@ def on_the_kernels() -> Iterator[tuple[object, list[float]]]:
         yield (layout, tokens, trains), of_layout(layout, tokens=tokens, trains=trains)
     for tokens, trains in BESIDE:
         yield ("beside", tokens, trains), beside_bases(*kernels, tokens=tokens, trains=trains)
-    for tokens, has_base, wanted in DROPPED:
-        found = with_dropout(*kernels, tokens=tokens, has_base=has_base, wanted=wanted)
-        yield ("dropped", tokens, has_base, wanted), found
+    for tokens, widths, has_base, wanted in DROPPED:
+        found = with_dropout(
+            *kernels, tokens=tokens, widths=widths, has_base=has_base, wanted=wanted
+        )
+        yield ("dropped", tokens, widths, has_base, wanted), found
 
 
 def main() -> int:

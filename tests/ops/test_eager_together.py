@@ -149,11 +149,12 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return numbers
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("checkpointing", [None, True, False])
 def test_a_model_on_a_cpu_trains_as_if_its_layers_were_alone(
-    checkpointing: bool | None, monkeypatch: pytest.MonkeyPatch
+    checkpointing: bool | None, dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = mixture(target_modules="all-linear").train()
+    model = mixture(target_modules="all-linear", lora_dropout=dropout).train()
     if checkpointing is not None:
         checkpoint_blocks(model, use_reentrant=checkpointing)
         model.enable_input_require_grads()
@@ -162,6 +163,7 @@ def test_a_model_on_a_cpu_trains_as_if_its_layers_were_alone(
 
     def step() -> list[Tensor]:
         model.zero_grad()
+        torch.manual_seed(0)
         output = model(input_ids=ids, labels=ids)
         output.loss.backward()
         return [output.loss.detach(), *(p.grad.clone() for p in parameters if p.grad is not None)]

@@ -41,12 +41,14 @@ def test_updates_alone_equal_the_reference(name: str, tokens: int, trains: bool)
 
 
 @pytest.mark.parametrize("name", ["eager", "reference"])
-@pytest.mark.parametrize(("tokens", "has_base", "wanted"), DROPPED)
+@pytest.mark.parametrize(("tokens", "widths", "has_base", "wanted"), DROPPED)
 def test_a_may_read_the_input_after_dropout(
-    name: str, tokens: int, has_base: bool, wanted: tuple[bool, ...]
+    name: str, tokens: int, widths: tuple[int, ...], has_base: bool, wanted: tuple[bool, ...]
 ) -> None:
-    found = with_dropout(name, torch.float64, tokens=tokens, has_base=has_base, wanted=wanted)
-    assert len(found) == 2 + sum(wanted)
+    found = with_dropout(
+        name, torch.float64, tokens=tokens, widths=widths, has_base=has_base, wanted=wanted
+    )
+    assert len(found) == wanted[0] + len(widths) * (2 + sum(wanted[1:]))
     assert all(error < 1e-7 for error in found)
 
 
