@@ -139,6 +139,7 @@ def before_forward(
         decoder_token_mask=_mask(kwargs.get("decoder_attention_mask")) if masked else None,
         tape=tape,
         is_forward=True,
+        keeps_graph=scope.keeps_graph(),
         inputs=None if torch.compiler.is_compiling() else scope.shared_inputs(base),
     )
     if weights is None:

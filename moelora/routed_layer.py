@@ -225,7 +225,7 @@ class RoutedPlan:
             group = inputs.groups.get(binding.name)
             checkpointed = frame is not None and frame.checkpointed
             if group and (checkpointed or not (has_graph and may_be_recomputed_alone())):
-                others = self._others(group, layer, x)
+                others = self._others(group, layer, x, frame)
         plans = [self, *(plan for _, plan in others)]
         members = [plan.member() for plan in plans]
         if dropping:
@@ -255,7 +255,7 @@ class RoutedPlan:
         return results[0]
 
     def _others(
-        self, group: tuple[tuple[str, Any], ...], layer: Any, x: Tensor
+        self, group: tuple[tuple[str, Any], ...], layer: Any, x: Tensor, frame: Frame | None
     ) -> "list[tuple[str, RoutedPlan]]":
         """The plans of those behind this layer in its group, if they are of one kind."""
         others: list[tuple[str, RoutedPlan]] = []
@@ -272,7 +272,7 @@ class RoutedPlan:
                 return others
             plan: RoutedPlan | None = other.__dict__.get(_PLAN)
             if plan is None or not plan.holds_like(self, other):
-                plan = plan_of(other, x)
+                plan = plan_of(other, x, frame)
             if plan is None or plan.kind != self.kind or plan.dropping != self.dropping:
                 return others
             others.append((name, plan))
@@ -429,7 +429,7 @@ def planned_forward(
             plan: RoutedPlan = ready.plan
             output = plan.finish(ready.result, binding, frame, token_mask=token_mask())
             return output if plan.weight is not None else beside_base(layer, x, output)
-    found = plan_of(layer, x)
+    found = plan_of(layer, x, frame)
     if found is None:
         return None
     mask = token_mask()
@@ -453,18 +453,19 @@ def beside_base(layer: Any, x: Tensor, update: Tensor) -> Tensor:
     return (output + update).to(output.dtype)
 
 
-def plan_of(layer: Any, x: Tensor) -> RoutedPlan | None:
+def plan_of(layer: Any, x: Tensor, frame: Frame | None) -> RoutedPlan | None:
     """The layer's plan, if it can be routed in one op now; else None.
 
     Args:
         layer: a LoRA layer.
         x: its input.
+        frame: the current forward.
     """
     plan: RoutedPlan | None = layer.__dict__.get(_PLAN)
     if plan is None or not plan.holds(layer, x):
         plan = _new_plan(layer, x)
         layer.__dict__[_PLAN] = plan
-    if plan is None or keeps_graph(layer):
+    if plan is None or keeps_graph(layer, frame):
         return None
     return plan
 
@@ -479,16 +480,17 @@ def forget_plan(layer: nn.Module) -> None:
     layer.__dict__.pop(_PLAN, None)
 
 
-def keeps_graph(layer: Any) -> bool:
+def keeps_graph(layer: Any, frame: Frame | None) -> bool:
     """Whether a recorder wants the decision with its graph, which the ops do not give.
 
     Args:
         layer: a LoRA layer.
+        frame: the current forward.
     """
+    if frame is not None and frame.is_forward:
+        return frame.keeps_graph
     binding: LayerBinding | None = layer.__dict__.get("_moelora_binding")
-    if binding is None or not binding.scope.recorders:
-        return False
-    return any(getattr(recorder, "keep_graph", True) for recorder in binding.scope.recorders)
+    return binding is not None and binding.scope.keeps_graph()
 
 
 def mixture_alone(layer: Any) -> tuple[str, MixtureSpec] | None:

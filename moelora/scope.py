@@ -143,6 +143,8 @@ class Frame:
         tape: where routers leave their decisions in training.
         checkpointed: inside a block that is recomputed in backward.
         is_forward: made by the base model's forward, not by ``generate``.
+        keeps_graph: a recorder of this forward wants decisions with their graph, so also of blocks
+            that are recomputed when it is gone.
         inputs: layers that read the same input, in a forward that is not traced.
         outer: the frame to return to.
     """
@@ -160,6 +162,7 @@ class Frame:
     tape: Tape | None = None
     checkpointed: bool = False
     is_forward: bool = False
+    keeps_graph: bool = False
     inputs: SharedInputs | None = None
     outer: "Frame | None" = None
 
@@ -281,6 +284,10 @@ class RoutingScope:
         """The current frame of this thread."""
         frames = self._frames.frames
         return frames[-1] if frames else None
+
+    def keeps_graph(self) -> bool:
+        """Whether a recorder wants decisions with their graph."""
+        return any(getattr(recorder, "keep_graph", True) for recorder in self.recorders)
 
     def push(self, frame: Frame) -> None:
         """Enter ``frame``."""

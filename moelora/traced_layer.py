@@ -50,7 +50,7 @@ def traced_forward(
         token_mask: tells which of the layer's tokens are real, ``(tokens,)``, or None.
     """
     found = mixture_alone(layer)
-    if found is None or not _may_run(layer, x):
+    if found is None or not _may_run(layer, x, frame):
         return None
     adapter, spec = found
     lora_a, lora_b = layer.lora_A[adapter], layer.lora_B[adapter]
@@ -95,9 +95,9 @@ def traced_forward(
     return output if base is not None else beside_base(layer, x, output)
 
 
-def _may_run(layer: Any, x: Tensor) -> bool:
+def _may_run(layer: Any, x: Tensor, frame: Frame | None) -> bool:
     """Whether nothing asks for single operations: autocast, hooks, a kept graph."""
-    return not (autocast_changes(x) or has_global_hooks() or keeps_graph(layer))
+    return not (autocast_changes(x) or has_global_hooks() or keeps_graph(layer, frame))
 
 
 @torch.compiler.assume_constant_result

@@ -13,6 +13,7 @@ from moelora import UnsupportedLayerError, record_routing
 from tests.lm import (
     captured_inputs,
     checkpoint_blocks,
+    gradients_of,
     lora_config,
     mixture,
     mixture_config,
@@ -235,3 +236,18 @@ def test_the_graph_is_kept_only_when_asked_for() -> None:
     sum(routing.router_probs.square().sum() for routing in graph.routing.values()).backward()
     routers = [p for name, p in model.named_parameters() if "lora_router" in name]
     assert all(p.grad is not None and bool(p.grad.any()) for p in routers)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_blocks_are_recomputed_as_they_ran_when_the_recorder_is_gone(use_reentrant: bool) -> None:
+    model = mixture(target_modules="all-linear").train()
+    ids = token_ids()
+    step = {"input_ids": ids, "labels": ids}
+    model(**step).loss.backward()
+    expected = gradients_of(model)
+    checkpoint_blocks(model, use_reentrant=use_reentrant)
+    model.zero_grad()
+    with record_routing(model, keep_graph=True):
+        loss = model(**step).loss
+    loss.backward()
+    assert_close(gradients_of(model), expected)
