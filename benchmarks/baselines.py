@@ -73,6 +73,7 @@ class Built:
         explicit: whether ``weights`` are handed to moelora as ``routing_weights``.
         trains: whether it can be trained.
         cached: whether it works with a KV cache.
+        prompt: the cache that all steps of decoding read, see :mod:`benchmarks.steps`.
     """
 
     model: Any
@@ -81,6 +82,7 @@ class Built:
     explicit: bool = False
     trains: bool = True
     cached: bool = True
+    prompt: Any = None
     keep: list[Any] = field(default_factory=list)
 
     @property

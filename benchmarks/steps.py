@@ -139,13 +139,19 @@ def _mark_step(conditions: Conditions) -> Callable[[], None]:
 
 
 def _decode(built: Built, conditions: Conditions, device: torch.device) -> Step:
-    """One token per row, after a prompt whose keys and values lie in a static cache."""
+    """One token per row, after a prompt whose keys and values lie in a static cache.
+
+    The step that is timed and the slow one read the same cache: a prompt of a thousand tokens run
+    twice may send one of them to another expert, by rounding.
+    """
     model = base_model_of(built.model)
     length = conditions.tokens
     ids = token_ids(model.config.vocab_size, conditions.batch, length + 1, device)
-    cache: Any = StaticCache(config=model.config, max_cache_len=length + _ROOM)
-    with torch.no_grad():
-        built.call(input_ids=ids[:, :length], past_key_values=cache, logits_to_keep=1)
+    if built.prompt is None:
+        built.prompt = StaticCache(config=model.config, max_cache_len=length + _ROOM)
+        with torch.no_grad():
+            built.call(input_ids=ids[:, :length], past_key_values=built.prompt, logits_to_keep=1)
+    cache = built.prompt
     last = ids[:, length:].clone()
     call = compiled(built, conditions)
     mark = _mark_step(conditions)
