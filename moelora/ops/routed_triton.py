@@ -312,10 +312,11 @@ class RoutedLinears(torch.autograd.Function):
         )
         flat = x.reshape(-1, x.shape[-1])
         rows, lora_bs = packer(flat, members, sizes)
-        dropped = _flattened(members, x.shape[-1])
-        if not dropped:
+        dropped: list[Tensor] = []
+        if first.dropped is None:
             z = wide_mm(flat, rows.t())
         else:
+            dropped = _flattened(members, x.shape[-1])
             own_rows = _own_rows(rows, sizes)
             parts = [wide_mm(each, own.t()) for each, own in zip(dropped, own_rows, strict=False)]
             z = torch.cat([*parts, wide_mm(flat, own_rows[-1].t())], dim=1)
@@ -346,8 +347,8 @@ class RoutedLinears(torch.autograd.Function):
             if needs[place + 1]:
                 grad_b = wide_mm(grad.t(), mixed)
                 results[place + 1] = in_dtype(grad_b, ctx.dtypes[1], grad_b.shape[0])
-        needs_rows = any(needs[place] or needs[place + 2] for place in places)
-        if not (needs[0] or needs_rows or any(needs[place + 3] for place in places)):
+        needs_rows = any(needs[FIRST_TENSOR::TENSORS]) or any(needs[FIRST_TENSOR + 2 :: TENSORS])
+        if not (needs[0] or needs_rows or any(needs[FIRST_TENSOR + 3 :: TENSORS])):
             return tuple(results)
         grad_mixed = [wide_mm(grad, lora_b) for grad, lora_b in zip(grads, lora_bs, strict=True)]
         grad_z = route_backward(
@@ -376,7 +377,7 @@ class RoutedLinears(torch.autograd.Function):
 
 
 def _flattened(members: Sequence[Member], d_in: int) -> list[Tensor]:
-    """What each member's A reads, ``(tokens, d_in)``; nothing if all read the input."""
+    """What each member's A reads after dropout, ``(tokens, d_in)``."""
     return [m.dropped.reshape(-1, d_in) for m in members if m.dropped is not None]
 
 
