@@ -122,15 +122,22 @@ def is_traced(x: Tensor) -> bool:
     """Whether something watches single operations, or changes what they mean."""
     return (
         torch.compiler.is_compiling()
-        or autocast_changes(x)
         or torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or has_global_hooks()
+        or changes_operations(x)
     )
 
 
-def autocast_changes(x: Tensor) -> bool:
+def changes_operations(x: Tensor) -> bool:
+    """Whether something that a trace keeps changes what single operations on ``x`` mean."""
+    return (
+        _autocast_changes(x)
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or _has_global_hooks()
+    )
+
+
+def _autocast_changes(x: Tensor) -> bool:
     """Whether autocast lets a layer compute in another dtype than that of its input.
 
     Where it is the same the frozen layer gives what it gives without autocast, and the adapters'
@@ -145,7 +152,7 @@ def is_transformed(x: Tensor) -> bool:
     return type(x) is not Tensor or torch._C._are_functorch_transforms_active()
 
 
-def has_global_hooks() -> bool:
+def _has_global_hooks() -> bool:
     """Whether calls of modules run hooks of no one module, as ``nn.Module.__call__`` sees it."""
     hooks = nn.modules.module
     return bool(

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from moelora.fused_layer import (
-    autocast_changes,
+    changes_operations,
     frozen_linear,
-    has_global_hooks,
     is_linear_mixture,
 )
 from moelora.ops import Member, explain
@@ -50,7 +49,7 @@ def traced_forward(
         token_mask: tells which of the layer's tokens are real, ``(tokens,)``, or None.
     """
     found = mixture_alone(layer)
-    if found is None or not _may_run(layer, x, frame):
+    if found is None or changes_operations(x) or keeps_graph(layer, frame):
         return None
     adapter, spec = found
     lora_a, lora_b = layer.lora_A[adapter], layer.lora_B[adapter]
@@ -93,11 +92,6 @@ def traced_forward(
         router_is_trainable=router.weight.requires_grad,
     )  # fmt: skip
     return output if base is not None else beside_base(layer, x, output)
-
-
-def _may_run(layer: Any, x: Tensor, frame: Frame | None) -> bool:
-    """Whether nothing asks for single operations: autocast, hooks, a kept graph."""
-    return not (autocast_changes(x) or has_global_hooks() or keeps_graph(layer, frame))
 
 
 @torch.compiler.assume_constant_result

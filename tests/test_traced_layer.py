@@ -221,3 +221,20 @@ def test_the_auxiliary_loss_gets_its_statistics(
     # a block that its model recomputes by itself has to save what its forward saved
     forward(layer, x)
     assert (told[1]["options"].loss_type is not None) == (coefficient != 0)
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
+def test_function_transforms_go_the_general_way(transform: str, told: list[dict[str, Any]]) -> None:
+    layer, x = first_layer(model_of().eval()), draw()
+    found: list[Tensor | None] = []
+
+    def run(inputs: Tensor) -> Tensor:
+        found.append(forward(layer, inputs))
+        return inputs.sum()
+
+    if transform == "jvp":
+        torch.func.jvp(run, (x,), (x,))
+    else:
+        getattr(torch.func, transform)(run)(x)
+    assert found == [None]
+    assert not told
