@@ -35,6 +35,11 @@ _LAYER_ARGUMENTS = 10
 _WITH_GRADIENT = (0, 5, 6, 7, 2)
 
 
+def _tensors(number: int) -> str:
+    """So many results, as a schema writes them."""
+    return ", ".join(["Tensor"] * number)
+
+
 class _Call:
     """An operator's arguments, and what an autograd function's forward and backward ask for.
 
@@ -143,55 +148,55 @@ class _Call:
         return [found[0], *found[FIRST_TENSOR:]]
 
 
-# not torch.library.custom_op, which looks in every call for results that share memory: that takes
-# half as long on the host as the layer itself
+# not torch.library.custom_op, which looks in every call for results that share memory, and no lists
+# of tensors, which autograd would flatten: together a fifth of the layer's own time on the host
 _LIBRARY = torch.library.Library("moelora", "FRAGMENT")
-_LIBRARY.define(f"routed_linear({_LAYER}, {_OPTIONS}) -> Tensor[]")
+_LIBRARY.define(f"routed_linear({_LAYER}, {_OPTIONS}) -> ({_tensors(1 + len(_MADE))})")
 _LIBRARY.define(
-    f"routed_linear_backward({_LAYER}, {_OPTIONS}, Tensor? grad, Tensor? pull, Tensor[] made, "
-    "bool[] needs) -> Tensor[]"
+    f"routed_linear_backward({_LAYER}, {_OPTIONS}, Tensor? grad, Tensor? pull, "
+    f"{', '.join(f'Tensor {name}' for name in _MADE)}, bool[] needs) -> "
+    f"({_tensors(len(_WITH_GRADIENT))})"
 )
-_LIBRARY.define(f"routed_linear_inference({_LAYER}, {_OPTIONS}, bool record) -> Tensor[]")
+_LIBRARY.define(f"routed_linear_inference({_LAYER}, {_OPTIONS}, bool record) -> (Tensor, Tensor)")
 
 
 @torch.library.impl(_LIBRARY, "routed_linear", "CompositeExplicitAutograd")
 @in_given_dtypes
-def _forward(*arguments: Any) -> list[Tensor]:
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     """A layer's output, and what backward reads."""
     output, made = _Call(arguments).forward()
-    return [output, *made]
+    return output, *made
 
 
 @torch.library.register_fake("moelora::routed_linear", lib=_LIBRARY)
-def _(*arguments: Any) -> list[Tensor]:
+def _(*arguments: Any) -> tuple[Tensor, ...]:
     output, made = _Call(arguments).shapes()
-    return [output, *made]
+    return output, *made
 
 
 @torch.library.impl(_LIBRARY, "routed_linear_backward", "CompositeExplicitAutograd")
 @in_given_dtypes
-def _backward(*arguments: Any) -> list[Tensor]:
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     """The gradients of input, A, B, router and dropped input; empty where none is needed."""
-    *own, grad, pull, made, needs = arguments
+    *own, grad, pull, rows, ranks, decision, statistics, narrow_b, needs = arguments
     call = _Call(own)
     with torch.no_grad():
-        found = call.backward(grad, pull, made, needs)
-    return [
+        found = call.backward(grad, pull, (rows, ranks, decision, statistics, narrow_b), needs)
+    return tuple(
         _alone(gradient) if needed and gradient is not None else call.x.new_empty(0)
         for gradient, needed in zip(found, needs, strict=True)
-    ]
+    )
 
 
 @torch.library.register_fake("moelora::routed_linear_backward", lib=_LIBRARY)
-def _(*arguments: Any) -> list[Tensor]:
-    *own, _grad, _pull, _made, needs = arguments
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    *own, _grad, _pull, _rows, _ranks, _decision, _statistics, _narrow_b, needs = arguments
     call = _Call(own)
-    member = call.member
-    inputs = (call.x, *member.differentiable)
-    return [
+    inputs = (call.x, *call.member.differentiable)
+    return tuple(
         tensor.new_empty(tensor.shape) if needed and tensor is not None else call.x.new_empty(0)
         for tensor, needed in zip(inputs, needs, strict=True)
-    ]
+    )
 
 
 def _alone(tensor: Tensor) -> Tensor:
@@ -199,17 +204,17 @@ def _alone(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[: _LAYER_ARGUMENTS - 1], *output[1:])
     ctx.rest = inputs[_LAYER_ARGUMENTS - 1 :]
 
 
-def _derive(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def _derive(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     number = _LAYER_ARGUMENTS - 1
     tensors, made = ctx.saved_tensors[:number], ctx.saved_tensors[number:]
     needs = [ctx.needs_input_grad[place] for place in _WITH_GRADIENT]
     found = torch.ops.moelora.routed_linear_backward(
-        *tensors, *ctx.rest, grads[0], grads[1 + _MADE.index("statistics")], made, needs
+        *tensors, *ctx.rest, grads[0], grads[1 + _MADE.index("statistics")], *made, needs
     )
     results: list[Tensor | None] = [None] * (len(tensors) + len(ctx.rest))
     for place, needed, gradient in zip(_WITH_GRADIENT, needs, found, strict=True):
@@ -223,7 +228,7 @@ torch.library.register_autograd(
 
 
 @torch.library.impl(_LIBRARY, "routed_linear_inference", "CompositeExplicitAutograd")
-def _infer(*arguments: Any) -> list[Tensor]:
+def _infer(*arguments: Any) -> tuple[Tensor, Tensor]:
     """A layer's output without gradients, capacity and statistics; and its decision or nothing."""
     *own, record = arguments
     call = _Call(own)
@@ -232,16 +237,15 @@ def _infer(*arguments: Any) -> list[Tensor]:
         all_mature=call.member.mature is None,
     )[0]  # fmt: skip
     if result.router_logits is None or result.routing_weights is None:
-        return [result.output, call.x.new_empty(0, dtype=call.wide)]
-    return [result.output, torch.stack([result.router_logits, result.routing_weights])]
+        return result.output, call.x.new_empty(0, dtype=call.wide)
+    return result.output, torch.stack([result.router_logits, result.routing_weights])
 
 
 @torch.library.register_fake("moelora::routed_linear_inference", lib=_LIBRARY)
-def _(*arguments: Any) -> list[Tensor]:
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     *own, record = arguments
-    call = _Call(own)
-    output, (_, _, decision, _, _) = call.shapes()
-    return [output, decision[0] if record else decision.new_empty(0)]
+    output, (_, _, decision, _, _) = _Call(own).shapes()
+    return output, decision[0] if record else decision.new_empty(0)
 
 
 def routed_linear_traced(
