@@ -21,6 +21,7 @@ from moelora.scope import (
     scope_of,
 )
 from moelora.shared import bind_shared, unbind_shared
+from moelora.shared_input import groups_for_traces
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -78,6 +79,7 @@ def bind(base: nn.Module, peft_config: dict[str, Any]) -> RoutingScope:
             hosts=hosts,
             reads_decoder=lambda name: two_stacks and reads_decoder(name),
         )
+    scope.groups_for_traces = groups_for_traces(base)
     scope_checkpointing(base, scope)
     announce(base, peft_config)
     return scope

@@ -30,6 +30,7 @@ from moelora.scope import (
     scope_of,
 )
 from moelora.shared import shared_routers_of
+from moelora.shared_input import TracedInputs
 
 _registration = threading.Lock()
 
@@ -141,6 +142,7 @@ def before_forward(
         is_forward=True,
         keeps_graph=scope.keeps_graph(),
         inputs=None if torch.compiler.is_compiling() else scope.shared_inputs(base),
+        traced=TracedInputs(scope.groups_for_traces, {}) if torch.compiler.is_compiling() else None,
     )
     if weights is None:
         frame = _with_model_routing(base, frame, args, kwargs)

@@ -21,6 +21,7 @@ from moelora.shared_input import (
     InputGroups,
     InputWatch,
     SharedInputs,
+    TracedInputs,
     expected_groups,
     without,
 )
@@ -146,6 +147,7 @@ class Frame:
         keeps_graph: a recorder of this forward wants decisions with their graph, so also of blocks
             that are recomputed when it is gone.
         inputs: layers that read the same input, in a forward that is not traced.
+        traced: the same in one that is.
         outer: the frame to return to.
     """
 
@@ -164,6 +166,7 @@ class Frame:
     is_forward: bool = False
     keeps_graph: bool = False
     inputs: SharedInputs | None = None
+    traced: TracedInputs | None = None
     outer: "Frame | None" = None
 
 
@@ -221,6 +224,7 @@ class RoutingScope:
         known_arguments: the forward's argument names that were looked at.
         announced: the base's config, where it was made to tell of its routers.
         input_groups: layers that read the same input; None before a forward was watched.
+        groups_for_traces: those that share its work in a trace.
         rows: what the kernels need of all layers, packed at once.
     """
 
@@ -233,6 +237,7 @@ class RoutingScope:
         self.known_arguments: frozenset[str] = frozenset()
         self.announced = announced
         self.input_groups: InputGroups | None = None
+        self.groups_for_traces: InputGroups = {}
         self._expected_groups: InputGroups | None = None
         self.rows = RowsTogether()
         _scopes.add(self)
@@ -355,7 +360,10 @@ class ScopedCheckpoint:
             tensors, inner = inputs[: len(names)], inputs[len(names) :]
             shared = dict(zip(names, map(SharedRouting, tensors, columns), strict=True))
             shared_inputs = None if rest.inputs is None else rest.inputs.again()
-            frame = replace(rest, weights=weights, shared=shared, inputs=shared_inputs)
+            traced = None if rest.traced is None else rest.traced.again()
+            frame = replace(
+                rest, weights=weights, shared=shared, inputs=shared_inputs, traced=traced
+            )
             with self.scope.entered(frame):
                 output = function(*inner)
             self.scope.give_up(shared_inputs)

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from moelora.ops import RoutedOutput
 from moelora.ops.packing import ForwardRows
+from moelora.places import reads_other_tokens
 
 # torch 2.8: the first that tells of hooks for saved tensors
 _TOP_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
@@ -37,6 +39,9 @@ SIBLINGS = (
     ("wi_0", "wi_1"),
 )
 
+#: Those of them that are no attention's.
+_GATES = frozenset(("gate_proj", "up_proj", "w1", "w3", "wi_0", "wi_1"))
+
 
 def expected_groups(base: nn.Module) -> InputGroups:
     """The groups that the names in a model suggest. A wrong guess costs work in one forward.
@@ -53,6 +58,44 @@ def expected_groups(base: nn.Module) -> InputGroups:
             if len(members) > 1:
                 groups.update(dict.fromkeys([name for name, _ in members], members))
     return groups
+
+
+class TracedInputs(NamedTuple):
+    """What one traced forward knows of layers with the same input.
+
+    A trace cannot watch a forward first, so names are taken at their word.
+
+    Attributes:
+        groups: as names suggest.
+        ready: results that wait for their layer's call, by its name: the input they were made for,
+            its version then, and the result.
+    """
+
+    groups: InputGroups
+    ready: dict[str, tuple[Tensor, int, Any]]
+
+    def again(self) -> "TracedInputs":
+        """The same for one run of a block on its own."""
+        return TracedInputs(self.groups, {})
+
+
+def groups_for_traces(base: nn.Module) -> InputGroups:
+    """The groups that names suggest, without those of cross attention.
+
+    Its key and value do not read what its query does: in a trace they would be computed for an
+    input that is not theirs, at every run. Whether a model that is not of transformers has any, its
+    names do not tell.
+
+    Args:
+        base: the model, its adapted layers bound to it.
+    """
+    is_known = isinstance(getattr(base, "config", None), PretrainedConfig)
+    return {
+        name: group
+        for name, group in expected_groups(base).items()
+        if not any(reads_other_tokens(member) for member, _ in group)
+        and (is_known or name.rpartition(".")[2] in _GATES)
+    }
 
 
 class InputWatch:

@@ -206,7 +206,7 @@ def counting(seen: list[int]) -> Callable[..., Any]:
 
     def compile_graph(graph: Any, inputs: Any) -> Any:
         names = [str(node.target) for node in graph.graph.nodes]
-        seen.append(sum(name.startswith("moelora.routed_linear") for name in names))
+        seen.append(sum(name.startswith("moelora.routed_linears") for name in names))
         compiler: Any = torch._dynamo.lookup_backend("aot_eager")
         return compiler(graph, inputs)
 
@@ -249,6 +249,43 @@ def tokens_on_kernels(**fields: Any) -> Found:
     """A forward without gradients at all lengths, by operators and without compilation."""
     model = mixture(base(), target_modules=["q_proj", "down_proj"], **fields)
     on_kernels(model.eval())
+    operators: list[int] = []
+    call = compiled(model, backend=counting(operators))
+
+    @torch.no_grad()
+    def run(length: int) -> tuple[list[Tensor], list[Tensor]]:
+        ids = token_ids(length=length)
+        return [call(input_ids=ids).logits], [model(input_ids=ids).logits]
+
+    return {**over_lengths(run), "operators": operators}
+
+
+def together_on_kernels() -> Found:
+    """All layers of a block: those that read one input are one operator."""
+    model = on_kernels(mixture(base(), target_modules="all-linear", lora_dropout=0.3).train())
+    operators: list[int] = []
+    call = compiled(model, backend=counting(operators))
+
+    def run(length: int) -> tuple[list[Tensor], list[Tensor]]:
+        results = []
+        for function in (call, model):
+            torch.manual_seed(length)
+            results.append(step_of(model, function, **training_inputs(length)))
+        return results[0], results[1]
+
+    return {**over_lengths(run), "operators": operators}
+
+
+def double_input(_layer: Any, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+    """A hook that changes what a layer has read."""
+    inputs[0].mul_(2)
+
+
+def changed_on_kernels() -> Found:
+    """An input that is changed in place behind the first of the layers that read it."""
+    model = on_kernels(mixture(base(), target_modules=["q_proj", "k_proj", "v_proj"]).eval())
+    query = next(layer for name, layer in lora_layers(model).items() if "q_proj" in name)
+    query.register_forward_hook(double_input)
     operators: list[int] = []
     call = compiled(model, backend=counting(operators))
 
@@ -312,6 +349,8 @@ ON_KERNELS: dict[str, Callable[[], Found]] = {
     "step with dropout": lambda: step_on_kernels(lora_dropout=0.3),
     "step beside bases": lambda: step_on_kernels(beside_bases, expert_capacity_factor=None),
     "tokens": tokens_on_kernels,
+    "together": together_on_kernels,
+    "changed": changed_on_kernels,
     "observed": observed_on_kernels,
 }
 

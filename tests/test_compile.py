@@ -71,7 +71,8 @@ def test_the_kernels_are_operators_of_one_graph_and_compute_the_same(
 ) -> None:
     assert "failed" not in on_kernels[case], on_kernels[case]["failed"]
     assert on_kernels[case]["breaks"] == {}
-    assert set(on_kernels[case]["operators"]) == {2}
+    # of seven layers in a block; a query whose input changes, and key and value after it
+    assert set(on_kernels[case]["operators"]) == {4 if case == "together" else 2}
     assert on_kernels[case]["error"] < 1e-5
     assert on_kernels[case]["graphs"] in ([1], [1, 2, 2])
 

@@ -9,13 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
+from transformers import T5ForConditionalGeneration
 
 from moelora import scope
 from moelora.ops import RoutedOutput
-from moelora.shared_input import InputWatch, Ready, conditions_of, expected_groups, without
+from moelora.shared_input import (
+    InputWatch,
+    Ready,
+    conditions_of,
+    expected_groups,
+    groups_for_traces,
+    without,
+)
 from tests.interpreter import needs_interpreter
-from tests.lm import mixture, token_ids, two_loras
+from tests.lm import mixture, mixture_config, token_ids, two_loras
+from tests.models import t5_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -118,3 +128,28 @@ def test_names_are_looked_at_once_also_where_nothing_is_ever_watched(
         for _ in range(3):
             model(input_ids=token_ids())
     assert len(looked) == 2
+
+
+def test_traces_take_names_at_their_word_but_for_cross_attention() -> None:
+    llama = mixture(target_modules="all-linear").get_base_model()
+    groups = groups_for_traces(llama)
+    attention = [name for name, _ in groups["model.layers.0.self_attn.q_proj"]]
+    assert attention == [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
+    assert "model.layers.1.mlp.up_proj" in groups
+    t5 = get_peft_model(
+        T5ForConditionalGeneration(t5_config()),
+        mixture_config(target_modules=["q", "k", "v"], task_type="SEQ_2_SEQ_LM"),
+    )
+    names = set(groups_for_traces(t5.get_base_model()))
+    assert "decoder.block.0.layer.0.SelfAttention.q" in names
+    assert not any("EncDecAttention" in name for name in names)
+
+
+def test_traces_of_an_unknown_model_share_gates_only() -> None:
+    llama = mixture(target_modules="all-linear").get_base_model()
+    unknown = nn.Module()
+    unknown.model = llama.model
+    assert {name.rpartition(".")[2] for name in groups_for_traces(unknown)} == {
+        "gate_proj",
+        "up_proj",
+    }

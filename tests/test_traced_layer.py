@@ -13,6 +13,7 @@ import moelora.traced_layer as traced_layer
 from moelora import UnsupportedLayerError, record_routing
 from moelora.ops import Member, RoutedOutput, routed_linears
 from moelora.scope import Frame, Tape
+from moelora.shared_input import TracedInputs
 from moelora.traced_layer import traced_forward
 from tests.lm import lora_layers, mixture, tiny_llama
 from tests.tolerances import assert_close
@@ -23,11 +24,13 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What operators are told, PyTorch's operations in their place."""
     calls: list[dict[str, Any]] = []
 
-    def run(x: Tensor, member: Member, *, is_sparse: bool, **told: Any) -> RoutedOutput:
-        calls.append({"member": member, "is_sparse": is_sparse, **told})
-        return routed_linears(x, [member], backend="eager", **told)[0]
+    def run(
+        x: Tensor, members: list[Member], *, is_sparse: bool, **told: Any
+    ) -> list[RoutedOutput]:
+        calls.append({"member": members[0], "number": len(members), "is_sparse": is_sparse, **told})
+        return routed_linears(x, members, backend="eager", **told)
 
-    monkeypatch.setattr(traced_layer, "routed_linear_traced", run)
+    monkeypatch.setattr(traced_layer, "routed_linears_traced", run)
     monkeypatch.setattr(traced_layer, "_choice", lambda *_: (True, True))
     return calls
 
@@ -238,3 +241,86 @@ def test_function_transforms_go_the_general_way(transform: str, told: list[dict[
         getattr(torch.func, transform)(run)(x)
     assert found == [None]
     assert not told
+
+
+# Layers that read one input ----------------------------------------------------------------------
+
+
+def attention_of(model: Any) -> tuple[list[Any], Frame]:
+    """Query, key and value of the first block, and a traced forward's frame."""
+    layers = lora_layers(model)
+    wanted = [
+        layer
+        for name in ("q_proj", "k_proj", "v_proj")
+        for key, layer in layers.items()
+        if key.endswith(f"layers.0.self_attn.{name}")
+    ]
+    scope = wanted[0].__dict__["_moelora_binding"].scope
+    return wanted, Frame(traced=TracedInputs(scope.groups_for_traces, {}))
+
+
+def all_linear(**fields: Any) -> Any:
+    return model_of(target_modules="all-linear", **fields).eval()
+
+
+def test_layers_of_one_input_are_one_operator(told: list[dict[str, Any]]) -> None:
+    layers, frame = attention_of(all_linear())
+    x = draw()
+    for layer in layers:
+        found = forward(layer, x, frame)
+        assert found is not None
+        assert_close(found, layer(x))
+    assert [call["number"] for call in told] == [3]
+    assert frame.traced is not None
+    assert not frame.traced.ready
+
+
+def test_another_input_is_computed_anew(told: list[dict[str, Any]]) -> None:
+    (query, key, value), frame = attention_of(all_linear())
+    x, other = draw(), draw()
+    forward(query, x, frame)
+    for layer in (key, value):
+        found = forward(layer, other, frame)
+        assert found is not None
+        assert_close(found, layer(other))
+    assert [call["number"] for call in told] == [3, 2]
+
+
+def test_an_input_that_was_changed_is_another(told: list[dict[str, Any]]) -> None:
+    (query, key, _), frame = attention_of(all_linear())
+    x = draw()
+    forward(query, x, frame)
+    x.mul_(2)
+    found = forward(key, x, frame)
+    assert found is not None
+    assert_close(found, key(x))
+    assert [call["number"] for call in told] == [3, 2]
+
+
+@pytest.mark.parametrize("change", ["hook", "training", "scaling", "float64", "bias"])
+def test_unlike_layers_are_computed_alone(change: str, told: list[dict[str, Any]]) -> None:
+    (query, key, _), frame = attention_of(all_linear())
+    if change == "hook":
+        key.register_forward_pre_hook(lambda *_: None)
+    elif change == "training":
+        key.train()
+    elif change == "scaling":
+        key.scaling["default"] = 3.0
+    elif change == "float64":
+        key.lora_router["default"].double()
+    else:
+        bias_on_b(key)
+    forward(query, draw(), frame)
+    assert [call["number"] for call in told] == [1]
+
+
+def test_each_layer_drops_elements_of_its_own(told: list[dict[str, Any]]) -> None:
+    layers, frame = attention_of(all_linear(lora_dropout=0.5).train())
+    x = draw()
+    torch.manual_seed(1)
+    found = [forward(layer, x, frame) for layer in layers]
+    torch.manual_seed(1)
+    for output, layer in zip(found, layers, strict=True):
+        assert output is not None
+        assert_close(output, layer(x))
+    assert [call["number"] for call in told] == [3]

@@ -1,12 +1,13 @@
 """The routed ops as a compiler sees them: operators of known shapes, the backward one of them.
 
 ``torch.compile`` traces neither launches of kernels nor an autograd function around them. These
-operators run what ``routed_triton`` and ``routed_sparse`` compute, one layer at a time.
+operators run what ``routed_triton`` and ``routed_sparse`` compute. There is one for each number of
+layers that share an input: lists of tensors would be flattened at every call.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,29 +16,32 @@ from moelora.ops.gradients import in_given_dtypes
 from moelora.ops.options import Member, RoutedOutput, RouterOptions
 from moelora.ops.routed import routed_linears_inference
 from moelora.ops.routed_sparse import RoutedLinearsSparse, compact_rows, slots_width
-from moelora.ops.routed_triton import FIRST_TENSOR, RoutedLinears, Sizes, pack, sizes_of
-
-_LAYER = (
-    "Tensor x, Tensor? token_mask, Tensor? dropped, Tensor? base_weight, Tensor? bias, "
-    "Tensor lora_a, Tensor lora_b, Tensor router, Tensor? mature, bool is_conv1d"
+from moelora.ops.routed_triton import (
+    FIRST_TENSOR,
+    MAX_MEMBERS,
+    TENSORS,
+    RoutedLinears,
+    Sizes,
+    pack,
+    sizes_of,
 )
+
+_INPUTS = ("Tensor x", "Tensor? token_mask")
+#: As in ``Member``.
+_MEMBER = (
+    "Tensor? base_weight", "Tensor? bias", "Tensor lora_a", "Tensor lora_b", "Tensor router",
+    "Tensor? mature", "bool is_conv1d", "Tensor? dropped",
+)  # fmt: skip
+#: As in ``RouterOptions``, and whether to compute with the chosen experts only.
 _OPTIONS = (
-    "int num_experts, int top_k, float temperature, float scaling, float? capacity_factor, "
-    "str? loss_type, bool is_sparse"
-)
-#: What a forward makes for backward: packed rows or slots, scaled ranks of all experts or of the
-#: chosen ones, logits and weights, statistics, B in the dtype of the input.
-_MADE = ("rows", "ranks", "decision", "statistics", "narrow_b")
-#: Where these stand among the tensors that the autograd functions save.
-_DENSE_PLACES, _SPARSE_PLACES = (1, 2, 3, 5, 7), (1, 5, 2, 4, 6)
-_LAYER_ARGUMENTS = 10
-#: Input, A, B, router and dropped input among the arguments.
-_WITH_GRADIENT = (0, 5, 6, 7, 2)
-
-
-def _tensors(number: int) -> str:
-    """So many results, as a schema writes them."""
-    return ", ".join(["Tensor"] * number)
+    "int num_experts", "int top_k", "float temperature", "float scaling",
+    "float? capacity_factor", "str? loss_type", "bool is_sparse",
+)  # fmt: skip
+#: What a forward makes for backward: packed rows or slots, logits and weights, statistics; then of
+#: each member its scaled ranks (or of all in the first one) and B in the dtype of the input.
+_ROWS, _DECISION, _STATISTICS, _RANKS = range(4)
+#: A, B, router and dropped input among a member's arguments.
+_WITH_GRADIENT = (2, 3, 4, 7)
 
 
 class _Call:
@@ -46,27 +50,30 @@ class _Call:
     Stands for the context that autograd gives them.
 
     Args:
-        arguments: those of ``_LAYER``, then those of ``_OPTIONS``.
+        arguments: those of ``_INPUTS``, of each ``_MEMBER``, and of ``_OPTIONS``.
     """
 
     def __init__(self, arguments: Sequence[Any]) -> None:
-        self.x, self.token_mask, self.dropped, *member = arguments[:_LAYER_ARGUMENTS]
-        base_weight, bias, lora_a, lora_b, router, mature, is_conv1d = member
-        *router_options, self.is_sparse = arguments[_LAYER_ARGUMENTS:]
-        self.member = Member(
-            base_weight, bias, lora_a, lora_b, router, mature, is_conv1d, self.dropped
-        )
+        self.x, self.token_mask = arguments[: len(_INPUTS)]
+        places = range(len(_INPUTS), len(arguments) - len(_OPTIONS), len(_MEMBER))
+        self.layers = [Member(*arguments[place : place + len(_MEMBER)]) for place in places]
+        *router_options, self.is_sparse = arguments[-len(_OPTIONS) :]
         self.options = RouterOptions(*router_options)
         self.function: Any = RoutedLinearsSparse if self.is_sparse else RoutedLinears
-        # as the functions' forward leaves it in the context
-        self.members, self.shape, self.are_conv1d = 1, self.x.shape, [is_conv1d]
-        self.dtypes = (lora_a.dtype, lora_b.dtype, router.dtype)
-        # kernels are made for the parameters' sizes: a trace fixes these, not the number of tokens
-        ranks, d_in = map(int, lora_a.shape)
+        first = self.layers[0]
+        self.takes_b_as_is = first.lora_b.dtype == self.x.dtype
         self.wide = torch.promote_types(self.x.dtype, torch.float32)
-        self.sizes: Sizes = sizes_of(ranks, self.options.num_experts, d_in, self.x.dtype)
+        # as the functions' forward leaves it in the context
+        self.members, self.shape = len(self.layers), self.x.shape
+        self.are_conv1d = [member.is_conv1d for member in self.layers]
+        self.dtypes = (first.lora_a.dtype, first.lora_b.dtype, first.router.dtype)
+        # kernels are made for the parameters' sizes: a trace fixes these, not the number of tokens
+        ranks, d_in = map(int, first.lora_a.shape)
+        self.sizes: Sizes = sizes_of(
+            ranks, self.options.num_experts, d_in, self.x.dtype, self.members
+        )
         # and as autograd does
-        self.saved_tensors: tuple[Tensor | None, ...] = ()
+        self.saved_tensors: tuple[Any, ...] = ()
         self.needs_input_grad: tuple[bool, ...] = ()
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
@@ -79,124 +86,133 @@ class _Call:
     def mark_non_differentiable(self, *tensors: Tensor) -> None:
         """Nothing has a gradient here."""
 
-    def forward(self) -> tuple[Tensor, list[Tensor]]:
-        """The output, and what ``_MADE`` lists; empty is what there is none of."""
-        mask = None if self.token_mask is None else self.token_mask.contiguous()
-        output, *_ = self.function.forward(
-            self, self.x, mask, (self.member,), self.options, pack, False
-        )
-        places = _SPARSE_PLACES if self.is_sparse else _DENSE_PLACES
-        made = [self.saved_tensors[place] for place in places]
-        # an operator may return none of its arguments, and nothing but tensors
-        if made[3] is None:
-            made[3] = self.x.new_empty(0, dtype=self.wide)
-        if made[4] is self.member.lora_b:
-            made[4] = self.x.new_empty(0)
-        return output, cast("list[Tensor]", made)
+    def nothing(self, dtype: torch.dtype | None = None) -> Tensor:
+        """What stands where there is no tensor."""
+        return torch.empty(0, dtype=dtype or self.x.dtype, device=self.x.device)
 
-    def shapes(self) -> tuple[Tensor, list[Tensor]]:
+    def forward(self) -> tuple[Tensor, ...]:
+        """The outputs, and what backward reads."""
+        mask = None if self.token_mask is None else self.token_mask.contiguous()
+        number = self.members
+        outputs = self.function.forward(self, self.x, mask, self.layers, self.options, pack, False)
+        if self.is_sparse:
+            _, rows, decision, _, statistics, *rest = self.saved_tensors
+            ranks, lora_bs = rest[:number], rest[number : 2 * number]
+        else:
+            _, rows, mixed, decision, _, statistics, *rest = self.saved_tensors
+            ranks = [mixed, *(self.nothing() for _ in range(number - 1))]
+            lora_bs = rest[number : 2 * number]
+        if statistics is None:
+            statistics = self.nothing(self.wide)
+        # an operator may return none of its arguments
+        narrow = [self.nothing() for _ in lora_bs] if self.takes_b_as_is else lora_bs
+        return *outputs[:number], rows, decision, statistics, *ranks, *narrow
+
+    def shapes(self) -> tuple[Tensor, ...]:
         """What :meth:`forward` gives, its values unknown."""
-        x, sizes, options = self.x, self.sizes, self.options
+        x, sizes, options, number = self.x, self.sizes, self.options, self.members
         tokens = math.prod(x.shape[:-1])
         if self.is_sparse:
             width = slots_width(tokens, options, sizes)
-            rows = x.new_empty(1, width, dtype=torch.int32)
-            ranks = x.new_empty(compact_rows(width, sizes), sizes.rank)
+            rows = x.new_empty(number, width, dtype=torch.int32)
+            shape = (compact_rows(width, sizes), sizes.rank)
+            ranks = [x.new_empty(shape) for _ in range(number)]
         else:
             rows = x.new_empty(sizes.rows, sizes.d_in)
-            ranks = x.new_empty(1, tokens, sizes.ranks)
-        decision = x.new_empty(1, 2, tokens, sizes.experts, dtype=self.wide)
-        has_statistics, lora_b = options.loss_type is not None, self.member.lora_b
-        statistics = x.new_empty((1, sizes.statistics) if has_statistics else 0, dtype=self.wide)
-        narrow_b = x.new_empty(0 if lora_b.dtype == x.dtype else lora_b.shape)
-        output = x.new_empty(*x.shape[:-1], lora_b.shape[0])
-        return output, [rows, ranks, decision, statistics, narrow_b]
+            ranks = [x.new_empty(number, tokens, sizes.ranks)]
+            ranks += [self.nothing() for _ in range(number - 1)]
+        decision = x.new_empty(number, 2, tokens, sizes.experts, dtype=self.wide)
+        statistics = self.nothing(self.wide)
+        if options.loss_type is not None:
+            statistics = x.new_empty(number, sizes.statistics, dtype=self.wide)
+        narrow = [x.new_empty(0 if self.takes_b_as_is else m.lora_b.shape) for m in self.layers]
+        outputs = [x.new_empty(*x.shape[:-1], m.lora_b.shape[0]) for m in self.layers]
+        return *outputs, rows, decision, statistics, *ranks, *narrow
 
     def backward(
         self,
-        grad: Tensor | None,
+        grads: Sequence[Tensor | None],
         pull: Tensor | None,
         made: Sequence[Tensor],
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
-        """The gradients of input, A, B, router and dropped input, those that are needed.
+        """The gradients of the input, and each member's A, B, router and dropped input.
 
         Args:
-            grad: of the output.
-            pull: of the statistics, ``(1, ...)``.
+            grads: of the outputs.
+            pull: of the statistics, ``(members, ...)``.
             made: as :meth:`forward` gave it.
-            needs: which are.
+            needs: which are needed; others may be missing.
         """
-        rows, ranks, decision, statistics, narrow_b = made
-        member, flat = self.member, self.x.reshape(-1, self.x.shape[-1])
-        sums = None if self.options.loss_type is None else statistics
-        narrow_b = member.lora_b if member.lora_b.dtype == self.x.dtype else narrow_b
+        number, flat = self.members, self.x.reshape(-1, self.x.shape[-1])
+        ranks, narrow = made[_RANKS : _RANKS + number], made[_RANKS + number :]
+        lora_bs = [member.lora_b for member in self.layers] if self.takes_b_as_is else narrow
+        sums = None if self.options.loss_type is None else made[_STATISTICS]
         mask = None if self.token_mask is None else self.token_mask.contiguous()
+        weights = [member.base_weight for member in self.layers]
         if self.is_sparse:
             self.saved_tensors = (
-                flat, rows, decision, mask, sums, ranks, narrow_b, member.base_weight,
-                member.lora_a, member.router,
+                flat, made[_ROWS], made[_DECISION], mask, sums, *ranks, *lora_bs, *weights,
+                *(member.lora_a for member in self.layers),
+                *(member.router for member in self.layers),
             )  # fmt: skip
         else:
-            dropped = [] if self.dropped is None else [self.dropped.reshape(flat.shape)]
+            dropped = [m.dropped.reshape(flat.shape) for m in self.layers if m.dropped is not None]
             self.saved_tensors = (
-                flat, rows, ranks, decision, mask, sums, member.base_weight, narrow_b, *dropped,
+                flat, made[_ROWS], ranks[0], made[_DECISION], mask, sums, *weights, *lora_bs,
+                *dropped,
             )  # fmt: skip
         self.needs_input_grad = (needs[0], *([False] * (FIRST_TENSOR - 1)), *needs[1:])
-        pull = None if pull is None or sums is None else pull[0]
-        found = self.function.backward(self, grad, pull, None)
+        pulls = [None] * number if pull is None or sums is None else pull.unbind()
+        found = self.function.backward(self, *grads, *pulls, None)
         return [found[0], *found[FIRST_TENSOR:]]
 
-
-# not torch.library.custom_op, which looks in every call for results that share memory, and no lists
-# of tensors, which autograd would flatten: together a fifth of the layer's own time on the host
-_LIBRARY = torch.library.Library("moelora", "FRAGMENT")
-_LIBRARY.define(f"routed_linear({_LAYER}, {_OPTIONS}) -> ({_tensors(1 + len(_MADE))})")
-_LIBRARY.define(
-    f"routed_linear_backward({_LAYER}, {_OPTIONS}, Tensor? grad, Tensor? pull, "
-    f"{', '.join(f'Tensor {name}' for name in _MADE)}, bool[] needs) -> "
-    f"({_tensors(len(_WITH_GRADIENT))})"
-)
-_LIBRARY.define(f"routed_linear_inference({_LAYER}, {_OPTIONS}, bool record) -> (Tensor, Tensor)")
+    def shapes_of_gradients(self, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+        """What the backward operator gives, its values unknown."""
+        inputs = [self.x, *(tensor for m in self.layers for tensor in m.differentiable)]
+        return tuple(
+            tensor.new_empty(tensor.shape) if needed and tensor is not None else self.nothing()
+            for tensor, needed in zip(inputs, needs, strict=True)
+        )
 
 
-@torch.library.impl(_LIBRARY, "routed_linear", "CompositeExplicitAutograd")
 @in_given_dtypes
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    """A layer's output, and what backward reads."""
-    output, made = _Call(arguments).forward()
-    return output, *made
+    """The layers' outputs, and what backward reads."""
+    return _Call(arguments).forward()
 
 
-@torch.library.register_fake("moelora::routed_linear", lib=_LIBRARY)
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    output, made = _Call(arguments).shapes()
-    return output, *made
+def _shapes(*arguments: Any) -> tuple[Tensor, ...]:
+    return _Call(arguments).shapes()
 
 
-@torch.library.impl(_LIBRARY, "routed_linear_backward", "CompositeExplicitAutograd")
 @in_given_dtypes
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """The gradients of input, A, B, router and dropped input; empty where none is needed."""
-    *own, grad, pull, rows, ranks, decision, statistics, narrow_b, needs = arguments
-    call = _Call(own)
+    """The gradients of the input, and each member's A, B, router and dropped input.
+
+    Empty where none is needed.
+    """
+    call, grads, pull, made, needs = _of_backward(arguments)
     with torch.no_grad():
-        found = call.backward(grad, pull, (rows, ranks, decision, statistics, narrow_b), needs)
+        found = call.backward(grads, pull, made, needs)
     return tuple(
-        _alone(gradient) if needed and gradient is not None else call.x.new_empty(0)
+        _alone(gradient) if needed and gradient is not None else call.nothing()
         for gradient, needed in zip(found, needs, strict=True)
     )
 
 
-@torch.library.register_fake("moelora::routed_linear_backward", lib=_LIBRARY)
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    *own, _grad, _pull, _rows, _ranks, _decision, _statistics, _narrow_b, needs = arguments
-    call = _Call(own)
-    inputs = (call.x, *call.member.differentiable)
-    return tuple(
-        tensor.new_empty(tensor.shape) if needed and tensor is not None else call.x.new_empty(0)
-        for tensor, needed in zip(inputs, needs, strict=True)
-    )
+def _backward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
+    call, *_, needs = _of_backward(arguments)
+    return call.shapes_of_gradients(needs)
+
+
+def _of_backward(arguments: Sequence[Any]) -> tuple[_Call, Any, Any, Any, Any]:
+    """The layers, and the gradients, what the forward made, and what is needed."""
+    # of each member: its arguments, the gradient of its output, ranks and B
+    number = (len(arguments) - len(_INPUTS) - len(_OPTIONS) - _RANKS - 2) // (len(_MEMBER) + 3)
+    end = len(_INPUTS) + number * len(_MEMBER) + len(_OPTIONS)
+    grads, rest = arguments[end : end + number], arguments[end + number :]
+    return _Call(arguments[:end]), grads, rest[0], rest[1:-1], rest[-1]
 
 
 def _alone(tensor: Tensor) -> Tensor:
@@ -204,82 +220,158 @@ def _alone(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
+def _places(number: int) -> list[int]:
+    """Where what may have a gradient stands among the arguments."""
+    starts = range(len(_INPUTS), len(_INPUTS) + number * len(_MEMBER), len(_MEMBER))
+    return [0, *(start + place for start in starts for place in _WITH_GRADIENT)]
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[: _LAYER_ARGUMENTS - 1], *output[1:])
-    ctx.rest = inputs[_LAYER_ARGUMENTS - 1 :]
+    ctx.number = (len(inputs) - len(_INPUTS) - len(_OPTIONS)) // len(_MEMBER)
+    are_tensors = [value is None or isinstance(value, Tensor) for value in inputs]
+    # what has no value may be an option as well, which is kept all the same
+    ctx.save_for_backward(
+        *(
+            value if is_tensor else None
+            for value, is_tensor in zip(inputs, are_tensors, strict=True)
+        ),
+        *output[ctx.number :],
+    )
+    ctx.others = [
+        None if is_tensor else value for value, is_tensor in zip(inputs, are_tensors, strict=True)
+    ]
 
 
 def _derive(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    number = _LAYER_ARGUMENTS - 1
-    tensors, made = ctx.saved_tensors[:number], ctx.saved_tensors[number:]
-    needs = [ctx.needs_input_grad[place] for place in _WITH_GRADIENT]
-    found = torch.ops.moelora.routed_linear_backward(
-        *tensors, *ctx.rest, grads[0], grads[1 + _MADE.index("statistics")], *made, needs
-    )
-    results: list[Tensor | None] = [None] * (len(tensors) + len(ctx.rest))
-    for place, needed, gradient in zip(_WITH_GRADIENT, needs, found, strict=True):
+    number, others = ctx.number, ctx.others
+    saved, made = ctx.saved_tensors[: len(others)], ctx.saved_tensors[len(others) :]
+    arguments = [t if other is None else other for t, other in zip(saved, others, strict=True)]
+    places = _places(number)
+    needs = [ctx.needs_input_grad[place] for place in places]
+    operator = getattr(torch.ops.moelora, f"routed_linears_{number}_backward")
+    found = operator(*arguments, *grads[:number], grads[number + _STATISTICS], *made, needs)
+    results: list[Tensor | None] = [None] * len(arguments)
+    for place, needed, gradient in zip(places, needs, found, strict=True):
         results[place] = gradient if needed else None
     return tuple(results)
 
 
-torch.library.register_autograd(
-    "moelora::routed_linear", _derive, setup_context=_keep, lib=_LIBRARY
-)
-
-
-@torch.library.impl(_LIBRARY, "routed_linear_inference", "CompositeExplicitAutograd")
-def _infer(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """A layer's output without gradients, capacity and statistics; and its decision or nothing."""
+def _infer(*arguments: Any) -> tuple[Tensor, ...]:
+    """The layers' outputs without gradients, capacity and statistics; then decisions or nothing."""
     *own, record = arguments
     call = _Call(own)
-    result = routed_linears_inference(
-        call.x, (call.member,), options=call.options, record=record, backend="triton",
-        all_mature=call.member.mature is None,
-    )[0]  # fmt: skip
-    if result.router_logits is None or result.routing_weights is None:
-        return result.output, call.x.new_empty(0, dtype=call.wide)
-    return result.output, torch.stack([result.router_logits, result.routing_weights])
+    results = routed_linears_inference(
+        call.x, call.layers, options=call.options, record=record, backend="triton",
+        all_mature=call.layers[0].mature is None,
+    )  # fmt: skip
+    decisions = [t for r in results for t in (r.router_logits, r.routing_weights) if t is not None]
+    decision = call.nothing(call.wide)
+    if decisions:
+        decision = torch.stack(decisions).unflatten(0, (call.members, 2))
+    return *(result.output for result in results), decision
 
 
-@torch.library.register_fake("moelora::routed_linear_inference", lib=_LIBRARY)
-def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _infer_shapes(*arguments: Any) -> tuple[Tensor, ...]:
     *own, record = arguments
-    output, (_, _, decision, _, _) = _Call(own).shapes()
-    return output, decision[0] if record else decision.new_empty(0)
+    call = _Call(own)
+    number, shapes = call.members, call.shapes()
+    decision = shapes[number + _DECISION]
+    return *shapes[:number], decision if record else call.nothing(call.wide)
 
 
-def routed_linear_traced(
+def _version(x: Tensor) -> Tensor:
+    """A tensor of as many elements as ``x`` was changed in place, and one."""
+    return torch.empty(0 if x.is_inference() else 1 + x._version, device=x.device)
+
+
+# not torch.library.custom_op, which looks in every call for results that share memory
+_LIBRARY = torch.library.Library("moelora", "FRAGMENT")
+
+
+def _define(name: str, arguments: Sequence[str], results: int, run: Any, shapes: Any) -> None:
+    returned = ", ".join(["Tensor"] * results)
+    _LIBRARY.define(f"{name}({', '.join(arguments)}) -> ({returned})")
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"moelora::{name}", shapes, lib=_LIBRARY)
+
+
+def _define_all(number: int) -> None:
+    """The operators of so many layers."""
+    name = f"routed_linears_{number}"
+    members = [f"{field}{index}" for index in range(number) for field in _MEMBER]
+    layers = (*_INPUTS, *members, *_OPTIONS)
+    made = [f"Tensor made{index}" for index in range(_RANKS + 2 * number)]
+    grads = [f"Tensor? grad{index}" for index in range(number)]
+    _define(name, layers, number + len(made), _forward, _shapes)
+    _define(
+        f"{name}_backward", (*layers, *grads, "Tensor? pull", *made, "bool[] needs"),
+        1 + TENSORS * number, _backward, _backward_shapes,
+    )  # fmt: skip
+    torch.library.register_autograd(f"moelora::{name}", _derive, setup_context=_keep, lib=_LIBRARY)
+    _define(f"{name}_inference", (*layers, "bool record"), number + 1, _infer, _infer_shapes)
+
+
+for _number in range(1, MAX_MEMBERS + 1):
+    _define_all(_number)
+_define("version_of", ("Tensor x",), 1, _version, _version)
+
+
+def version_of(x: Tensor) -> int:
+    """How often ``x`` was changed in place, as a number that a trace knows.
+
+    A trace has no value for ``x._version``. But it knows sizes, from the very tensors that stand
+    for its values.
+
+    Args:
+        x: any tensor.
+
+    Example:
+        >>> version_of(torch.ones(2).mul_(3)) - version_of(torch.ones(2))
+        1
+    """
+    return len(torch.ops.moelora.version_of(x))
+
+
+def routed_linears_traced(
     x: Tensor,
-    member: Member,
+    members: Sequence[Member],
     *,
     options: RouterOptions,
     is_sparse: bool = False,
     token_mask: Tensor | None = None,
     record: bool = False,
-) -> RoutedOutput:
-    """:func:`moelora.ops.routed_linears` of one layer by Triton's kernels, in a trace.
+) -> list[RoutedOutput]:
+    """:func:`moelora.ops.routed_linears` by Triton's kernels, in a trace.
 
     Args:
         x: ``(*batch, d_in)``; float32 or bfloat16.
-        member: the layer.
-        options: how its router decides.
-        is_sparse: compute with the chosen experts only; no expert may be young then, none dropped
-            out, and padding only under a capacity.
+        members: up to three layers of one kind.
+        options: how their routers decide.
+        is_sparse: compute with the chosen experts only; no expert may be young then, nothing
+            dropped out, and padding only under a capacity.
         token_mask: ``(tokens,)`` bool, False for padding, or None.
         record: whether logits and weights are wanted.
     """
+    number = len(members)
+    name = f"routed_linears_{number}"
     arguments = (
-        x, token_mask, member.dropped, *member[:7], options.num_experts, options.top_k,
-        options.temperature, options.scaling, options.capacity_factor, options.loss_type, is_sparse,
+        x, token_mask, *(value for member in members for value in member), options.num_experts,
+        options.top_k, options.temperature, options.scaling, options.capacity_factor,
+        options.loss_type, is_sparse,
     )  # fmt: skip
     trains = options.capacity_factor is not None or options.loss_type is not None
-    if not (trains or member.dropped is not None or torch.is_grad_enabled()):
-        output, decision = torch.ops.moelora.routed_linear_inference(*arguments, record)
-        logits, weights = decision.unbind() if record else (None, None)
-        return RoutedOutput(output, logits, weights, None)
-    output, *made = torch.ops.moelora.routed_linear(*arguments)
-    decision, statistics = made[_MADE.index("decision")].detach(), None
-    logits, weights = decision[0].unbind() if record else (None, None)
-    if options.loss_type is not None:
-        statistics = made[_MADE.index("statistics")][0]
-    return RoutedOutput(output, logits, weights, statistics)
+    statistics: Sequence[Tensor | None] = [None] * number
+    if trains or members[0].dropped is not None or torch.is_grad_enabled():
+        found = getattr(torch.ops.moelora, name)(*arguments)
+        outputs, decision = found[:number], found[number + _DECISION].detach()
+        if options.loss_type is not None:
+            statistics = found[number + _STATISTICS].unbind()
+    else:
+        *outputs, decision = getattr(torch.ops.moelora, f"{name}_inference")(*arguments, record)
+    decisions: Sequence[Any] = [(None, None)] * number
+    if record:
+        decisions = [own.unbind() for own in decision.unbind()]
+    return [
+        RoutedOutput(output, logits, weights, sums)
+        for output, (logits, weights), sums in zip(outputs, decisions, statistics, strict=True)
+    ]

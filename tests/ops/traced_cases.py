@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moelora.ops import Member, RoutedOutput, RouterOptions
-from moelora.ops.traced import routed_linear_traced
+from moelora.ops.traced import routed_linears_traced
 from tests.ops import routed_cases
 
 #: What the cases of the routed op are run with, dense and sparse.
@@ -22,19 +22,20 @@ _IS_SPARSE = {"dense": False, "sparse": True}
 
 def traced(
     x: Tensor,
-    member: Member,
+    members: list[Member],
     *,
     options: RouterOptions,
     token_mask: Tensor | None = None,
     all_mature: bool = False,
     is_sparse: bool,
-) -> RoutedOutput:
-    """A layer by its operator; sparse where that is possible."""
+) -> list[RoutedOutput]:
+    """Layers of one kind by their operator; sparse where that is possible."""
+    first = members[0]
     countable = token_mask is None or options.capacity_factor is not None
-    known = member.mature is None or all_mature
-    return routed_linear_traced(
-        x, member, options=options, token_mask=token_mask,
-        is_sparse=is_sparse and countable and known and member.dropped is None,
+    known = first.mature is None or all_mature
+    return routed_linears_traced(
+        x, members, options=options, token_mask=token_mask,
+        is_sparse=is_sparse and countable and known and first.dropped is None,
     )  # fmt: skip
 
 
@@ -45,7 +46,11 @@ def through_operators(*, is_sparse: bool) -> list[tuple[Any, list[float]]]:
         x: Tensor, members: list[Member], *, backend: str, **told: Any
     ) -> list[RoutedOutput]:
         assert backend == "triton"
-        return [traced(x, member, is_sparse=is_sparse, **told) for member in members]
+        together = [members]
+        if len({member.dropped is None for member in members}) > 1:
+            together = [[member] for member in members]
+        found = [traced(x, some, is_sparse=is_sparse, **told) for some in together]
+        return [result for results in found for result in results]
 
     def without_gradients(x: Tensor, members: list[Member], **told: Any) -> list[RoutedOutput]:
         with torch.no_grad():
@@ -71,30 +76,35 @@ def decided() -> list[float]:
     shapes = ((2, 9, 12), (7, 12), (8, 12), (7, 8), (4, 12))
     x, weight, *rest = (torch.randn(*shape, generator=generator) for shape in shapes)
     told: dict[str, Any] = {"options": RouterOptions(4, 2, 2.0, 1.7), "record": True}
-    trained = routed_linear_traced(x, Member(weight, None, *rest), **told)
+    members = [Member(weight, None, *rest), Member(-weight, None, *rest)]
+    trained = routed_linears_traced(x, members, **told)
     with torch.no_grad():
-        found = routed_linear_traced(x, Member(weight, None, *rest), **told)
-    results = (found.output, found.router_logits, found.routing_weights)
-    others = (trained.output, trained.router_logits, trained.routing_weights)
-    assert all(result is not None for result in (*results, *others))
-    return [routed_cases.relative(a, b.double()) for a, b in zip(results, others, strict=True)]  # type: ignore[arg-type]
+        found = routed_linears_traced(x, members, **told)
+    pairs: list[tuple[Any, Any]] = []
+    for one, other in zip(found, trained, strict=True):
+        pairs += list(zip(one[:3], other[:3], strict=True))
+    assert all(tensor is not None for pair in pairs for tensor in pair)
+    return [routed_cases.relative(one, other.double()) for one, other in pairs]
 
 
 def operator_arguments(
-    *, dtype: torch.dtype, loss_type: str | None, is_sparse: bool, needs: bool
+    *, number: int, dtype: torch.dtype, loss_type: str | None, is_sparse: bool, needs: bool
 ) -> tuple[Any, ...]:
-    """Arguments of the operator, with padding, bias and a capacity."""
+    """Arguments of the operator of so many layers, with padding, bias and a capacity."""
     generator = torch.Generator().manual_seed(2)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
+    members: list[Any] = []
+    for width in range(7, 7 + number):
+        frozen = [normal(width, 16).to(dtype), normal(width).to(dtype)]
+        own = [normal(16, 16), normal(width, 16), normal(8, 16)]
+        members += [*frozen, *(t.requires_grad_(needs) for t in own), None, False, None]
     x = normal(2, 9, 16).to(dtype).requires_grad_(needs)
     mask = torch.rand(18, generator=generator) > 0.3
-    weight, bias = normal(7, 16).to(dtype), normal(7).to(dtype)
-    pair = [t.requires_grad_(needs) for t in (normal(16, 16), normal(7, 16), normal(8, 16))]
-    options = (8, 2, 2.0, 1.7, 1.0, loss_type, is_sparse)
-    return x, mask, None, weight, bias, *pair, None, False, *options
+    capacity_factor = 1.0 if needs else None
+    return x, mask, *members, 8, 2, 2.0, 1.7, capacity_factor, loss_type, is_sparse
 
 
 #: Not that equal calls give equal results: some of what is kept for backward is never written.
@@ -103,18 +113,19 @@ _CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 def check_operators() -> None:
     """Raise if one of what the dispatcher, autograd and the compiler rely on is not so."""
-    forward, infer = torch.ops.moelora.routed_linear, torch.ops.moelora.routed_linear_inference
-    for dtype in (torch.float32, torch.bfloat16):
-        for loss_type, is_sparse in (("aux_loss", False), (None, False), ("switch", True)):
-            told = {"dtype": dtype, "loss_type": loss_type, "is_sparse": is_sparse}
-            arguments = operator_arguments(**told, needs=True)
-            torch.library.opcheck(forward.default, arguments, test_utils=_CHECKS)
-    arguments = operator_arguments(
-        dtype=torch.float32, loss_type=None, is_sparse=False, needs=False
-    )
-    for record in (True, False):
-        without_capacity = (*arguments[:14], None, *arguments[15:], record)
-        torch.library.opcheck(infer.default, without_capacity, test_utils=_CHECKS)
+    for number, dtype, loss_type, is_sparse in (
+        (1, torch.float32, "aux_loss", False),
+        (2, torch.bfloat16, None, False),
+        (3, torch.bfloat16, "switch", True),
+    ):
+        told: dict[str, Any] = {"number": number, "dtype": dtype, "is_sparse": is_sparse}
+        arguments = operator_arguments(**told, loss_type=loss_type, needs=True)
+        operator = getattr(torch.ops.moelora, f"routed_linears_{number}").default
+        torch.library.opcheck(operator, arguments, test_utils=_CHECKS)
+        arguments = operator_arguments(**told, loss_type=None, needs=False)
+        operator = getattr(torch.ops.moelora, f"routed_linears_{number}_inference").default
+        for record in (True, False):
+            torch.library.opcheck(operator, (*arguments, record), test_utils=_CHECKS)
 
 
 def main() -> int:
