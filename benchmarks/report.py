@@ -374,12 +374,27 @@ def failures_table(runs: Sequence[Run]) -> str:
     """What did not run, or ran and was wrong, in the runs that the tables come from."""
     devices = {device for _, device in groups(runs)}
     rows = [
-        [said(result["case"], device, devices), result["status"], _in_a_cell(result["reason"])]
-        for (_, device), (members, _) in groups(runs).items()
+        [
+            said(result["case"], device, devices),
+            result["status"],
+            _in_a_cell(result["reason"]),
+            _worked_since(result["case"], run, by_device(runs)[device]),
+        ]
+        for (_, device), (members, run) in groups(runs).items()
         for result in members
         if result["status"] not in {"ok", "skipped"}
     ]
-    return markdown(["case", "outcome", "reason"], rows) if rows else "None."
+    return markdown(["case", "outcome", "reason", "worked since"], rows) if rows else "None."
+
+
+def _worked_since(case: str, failed: Run, runs: Sequence[Run]) -> str:
+    """The newest run of a device that did what one before it did not; empty if none did."""
+    for run in runs:
+        if run["time"] <= failed["time"]:
+            break
+        if any(r["case"] == case and r["status"] == "ok" for r in run["results"]):
+            return f"`{run['file']}`"
+    return ""
 
 
 def _in_a_cell(text: str) -> str:

@@ -202,6 +202,18 @@ def test_failures_and_kernels_say_whose_they_are_when_there_are_several_devices(
     assert f"`{Case(TRAIN_GRAPH, MIXTURE).name}`, An H200\n" in tables["profiles"]
 
 
+def test_a_failure_says_which_later_run_it_worked_in() -> None:
+    bad = result_of(Case(TRAIN_EAGER, XLORA), status="wrong", reason="loss: 1e0")
+    others = (timed(TRAIN_EAGER, LORA, 2.0), timed(TRAIN_EAGER, MIXTURE, 1.0))
+    old = on(run_of(*others, bad), "An H100", "2026-01-02T00:00:00Z")
+    worked = run_of(timed(TRAIN_EAGER, XLORA, 9.0))
+    later = on(worked, "An H100", "2026-01-03T00:00:00Z")
+    before = on(worked, "An H100", "2026-01-01T00:00:00Z")
+    elsewhere = on(worked, "An H200", "2026-01-04T00:00:00Z")
+    assert "| loss: 1e0 |  |" in tables_of([elsewhere, old, before])["failures"]
+    assert f"| loss: 1e0 | `{later['file']}` |" in tables_of([later, old])["failures"]
+
+
 def test_a_result_that_was_wrong_counts_nowhere() -> None:
     wrong = result_of(Case(TRAIN_GRAPH, MIXTURE), status="wrong", reason="loss: 1e0")
     run = run_of(timed(TRAIN_GRAPH, LORA, 100.0), wrong)
