@@ -205,7 +205,7 @@ def test_autocast_to_the_models_own_dtype_changes_nothing(inside: bool, experts:
     model = bfloat16_mixture(num_experts=experts)
     ids = token_ids()
 
-    def step() -> tuple[Tensor, list[Tensor | None]]:
+    def step(model: Any) -> tuple[Tensor, list[Tensor | None]]:
         model.zero_grad()
         loss = model(input_ids=ids, labels=ids).loss
         if not inside:
@@ -215,12 +215,18 @@ def test_autocast_to_the_models_own_dtype_changes_nothing(inside: bool, experts:
             loss.backward()
         return loss.detach(), gradients_of(model)
 
+    base = tiny_llama().bfloat16().requires_grad_()
+    _, expected = step(base)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, found = step(base)
+    if not all(map(torch.equal, found, expected)):
+        pytest.skip(f"torch {torch.__version__} changes a model without adapters too")
     # groups are known from the second forward on
-    step()
-    loss, expected = step()
+    step(model)
+    loss, expected = step(model)
     plans = {name: planned(layer) for name, layer in lora_layers(model).items()}
     with torch.autocast("cpu", torch.bfloat16):
-        same_loss, found = step()
+        same_loss, found = step(model)
     for name, layer in lora_layers(model).items():
         assert planned(layer) is plans[name] is not None
     assert_close(same_loss, loss)
