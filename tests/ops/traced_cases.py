@@ -111,6 +111,20 @@ def operator_arguments(
 _CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
+def check_backward(number: int, operator: Any, arguments: tuple[Any, ...]) -> None:
+    """The same of the backward operator, with all gradients and with every other one."""
+    with torch.no_grad():
+        found = operator(*arguments)
+    made, grads = found[number:], [torch.ones_like(output) for output in found[:number]]
+    pull = torch.ones_like(made[2]) if made[2].numel() else None
+    backward = getattr(torch.ops.moelora, f"routed_linears_{number}_backward").default
+    # of no layer an input after dropout
+    all_needs = [True, *[True, True, True, False] * number]
+    for needs in (all_needs, [needed and index % 2 == 0 for index, needed in enumerate(all_needs)]):
+        told = (*arguments, *grads, pull, *made, needs)
+        torch.library.opcheck(backward, told, test_utils=("test_schema", "test_faketensor"))
+
+
 def check_operators() -> None:
     """Raise if one of what the dispatcher, autograd and the compiler rely on is not so."""
     for number, dtype, loss_type, is_sparse in (
@@ -122,6 +136,7 @@ def check_operators() -> None:
         arguments = operator_arguments(**told, loss_type=loss_type, needs=True)
         operator = getattr(torch.ops.moelora, f"routed_linears_{number}").default
         torch.library.opcheck(operator, arguments, test_utils=_CHECKS)
+        check_backward(number, operator, arguments)
         arguments = operator_arguments(**told, loss_type=None, needs=False)
         operator = getattr(torch.ops.moelora, f"routed_linears_{number}_inference").default
         for record in (True, False):
