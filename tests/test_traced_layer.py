@@ -298,9 +298,9 @@ def test_an_input_that_was_changed_is_another(told: list[dict[str, Any]]) -> Non
     assert [call["number"] for call in told] == [3, 2]
 
 
-@pytest.mark.parametrize("change", ["hook", "training", "scaling", "float64", "bias"])
+@pytest.mark.parametrize("change", ["hook", "training", "scaling", "float64", "bias", "dropout"])
 def test_unlike_layers_are_computed_alone(change: str, told: list[dict[str, Any]]) -> None:
-    (query, key, _), frame = attention_of(all_linear())
+    (query, key, _), frame = attention_of(all_linear(lora_dropout=0.5))
     if change == "hook":
         key.register_forward_pre_hook(lambda *_: None)
     elif change == "training":
@@ -309,6 +309,8 @@ def test_unlike_layers_are_computed_alone(change: str, told: list[dict[str, Any]
         key.scaling["default"] = 3.0
     elif change == "float64":
         key.lora_router["default"].double()
+    elif change == "dropout":
+        key.lora_dropout.train()
     else:
         bias_on_b(key)
     forward(query, draw(), frame)
