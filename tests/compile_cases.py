@@ -344,9 +344,7 @@ CASES: dict[str, Callable[[], Found]] = {
 MANY = {"num_experts": 10, "top_k_experts": 1, "r": 32}
 
 ON_KERNELS: dict[str, Callable[[], Found]] = {
-    "step": step_on_kernels,
     "sparse step": lambda: step_on_kernels(**MANY),
-    "step with dropout": lambda: step_on_kernels(lora_dropout=0.3),
     "step beside bases": lambda: step_on_kernels(beside_bases, expert_capacity_factor=None),
     "tokens": tokens_on_kernels,
     "together": together_on_kernels,
