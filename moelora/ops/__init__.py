@@ -2,7 +2,8 @@
 
 ``reference`` defines what is right (plain loops). ``eager`` computes the same by PyTorch products
 in rank space, ``fused`` and ``routed`` together with the frozen layer they adapt;
-``triton_kernels`` do the routing on a GPU. ``backend.explain`` says which of them runs.
+``triton_kernels`` do the routing on a GPU, in a trace as the operators of ``traced``.
+``backend.explain`` says which of them runs.
 """
 
 from moelora.ops.backend import Choice, explain

@@ -227,6 +227,7 @@ def _places(number: int) -> list[int]:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Save the arguments, tensors and others, and what the forward made."""
     ctx.number = (len(inputs) - len(_INPUTS) - len(_OPTIONS)) // len(_MEMBER)
     are_tensors = [value is None or isinstance(value, Tensor) for value in inputs]
     # what has no value may be an option as well, which is kept all the same
@@ -243,6 +244,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _derive(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradient of each argument, from those of all results."""
     number, others = ctx.number, ctx.others
     saved, made = ctx.saved_tensors[: len(others)], ctx.saved_tensors[len(others) :]
     arguments = [t if other is None else other for t, other in zip(saved, others, strict=True)]
@@ -317,7 +319,7 @@ _define("version_of", ("Tensor x",), 1, _version, _version)
 
 
 def version_of(x: Tensor) -> int:
-    """How often ``x`` was changed in place, as a number that a trace knows.
+    """A number that grows whenever ``x`` is changed in place, and that a trace knows.
 
     A trace has no value for ``x._version``. But it knows sizes, from the very tensors that stand
     for its values.
