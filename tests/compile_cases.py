@@ -217,9 +217,8 @@ def step_on_kernels(prepare: Callable[[PeftModel], None] | None = None, **fields
     """A training step at all lengths, by operators and without compilation."""
     model = mixture(
         base(),
-        target_modules=["q_proj", "down_proj"],
         router_aux_loss_coef=2.0,
-        **{"expert_capacity_factor": 1.0, **fields},
+        **{"target_modules": ["q_proj", "down_proj"], "expert_capacity_factor": 1.0, **fields},
     )
     on_kernels(model.train())
     if prepare is not None:
@@ -245,10 +244,12 @@ def beside_bases(model: PeftModel) -> None:
         layer.base_layer.register_forward_hook(lambda _module, _inputs, output: 2 * output)
 
 
-def tokens_on_kernels(**fields: Any) -> Found:
+def tokens_on_kernels(prepare: Callable[[PeftModel], None] | None = None, **fields: Any) -> Found:
     """A forward without gradients at all lengths, by operators and without compilation."""
-    model = mixture(base(), target_modules=["q_proj", "down_proj"], **fields)
+    model = mixture(base(), **{"target_modules": ["q_proj", "down_proj"], **fields})
     on_kernels(model.eval())
+    if prepare is not None:
+        prepare(model)
     operators: list[int] = []
     call = compiled(model, backend=counting(operators))
 
@@ -256,22 +257,6 @@ def tokens_on_kernels(**fields: Any) -> Found:
     def run(length: int) -> tuple[list[Tensor], list[Tensor]]:
         ids = token_ids(length=length)
         return [call(input_ids=ids).logits], [model(input_ids=ids).logits]
-
-    return {**over_lengths(run), "operators": operators}
-
-
-def together_on_kernels() -> Found:
-    """All layers of a block: those that read one input are one operator."""
-    model = on_kernels(mixture(base(), target_modules="all-linear", lora_dropout=0.3).train())
-    operators: list[int] = []
-    call = compiled(model, backend=counting(operators))
-
-    def run(length: int) -> tuple[list[Tensor], list[Tensor]]:
-        results = []
-        for function in (call, model):
-            torch.manual_seed(length)
-            results.append(step_of(model, function, **training_inputs(length)))
-        return results[0], results[1]
 
     return {**over_lengths(run), "operators": operators}
 
@@ -281,20 +266,10 @@ def double_input(_layer: Any, inputs: tuple[Tensor, ...], _output: Tensor) -> No
     inputs[0].mul_(2)
 
 
-def changed_on_kernels() -> Found:
-    """An input that is changed in place behind the first of the layers that read it."""
-    model = on_kernels(mixture(base(), target_modules=["q_proj", "k_proj", "v_proj"]).eval())
+def change_inputs(model: PeftModel) -> None:
+    """Let an input be changed in place behind the first of the layers that read it."""
     query = next(layer for name, layer in lora_layers(model).items() if "q_proj" in name)
     query.register_forward_hook(double_input)
-    operators: list[int] = []
-    call = compiled(model, backend=counting(operators))
-
-    @torch.no_grad()
-    def run(length: int) -> tuple[list[Tensor], list[Tensor]]:
-        ids = token_ids(length=length)
-        return [call(input_ids=ids).logits], [model(input_ids=ids).logits]
-
-    return {**over_lengths(run), "operators": operators}
 
 
 def observed_on_kernels() -> Found:
@@ -347,8 +322,11 @@ ON_KERNELS: dict[str, Callable[[], Found]] = {
     "sparse step": lambda: step_on_kernels(**MANY),
     "step beside bases": lambda: step_on_kernels(beside_bases, expert_capacity_factor=None),
     "tokens": tokens_on_kernels,
-    "together": together_on_kernels,
-    "changed": changed_on_kernels,
+    # layers that read one input are one operator
+    "together": lambda: step_on_kernels(target_modules="all-linear", lora_dropout=0.3),
+    "changed": lambda: tokens_on_kernels(
+        change_inputs, target_modules=["q_proj", "k_proj", "v_proj"]
+    ),
     "observed": observed_on_kernels,
 }
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from peft import get_peft_model
@@ -23,24 +18,14 @@ from moelora.shared_input import (
     groups_for_traces,
     without,
 )
-from tests.interpreter import needs_interpreter
+from tests.interpreter import run_interpreted
 from tests.lm import mixture, mixture_config, token_ids, two_loras
 from tests.models import t5_config
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slow
 def test_whole_models_give_the_same_and_their_layers_are_served_together() -> None:
-    needs_interpreter()
-    finished = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.shared_input_cases"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    finished = run_interpreted("tests.shared_input_cases")
     lines = [line for line in finished.stdout.splitlines() if line.startswith(("ok", "WRONG"))]
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert len(lines) == 31

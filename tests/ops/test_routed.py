@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from moelora.errors import BackendError
 from moelora.ops import Choice, Member, RouterOptions, explain, routed_linears_inference
-from tests.interpreter import needs_interpreter
+from tests.interpreter import run_interpreted
 from tests.ops.routed_cases import (
     BESIDE,
     CASES,
@@ -22,8 +17,6 @@ from tests.ops.routed_cases import (
     errors,
     with_dropout,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
@@ -60,15 +53,7 @@ def test_inputs_after_dropout_are_refused_without_gradients() -> None:
 
 
 def test_the_kernels_equal_the_reference_with_all_gradients() -> None:
-    needs_interpreter()
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.ops.routed_cases"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    finished = run_interpreted("tests.ops.routed_cases")
     assert finished.returncode == 0, finished.stderr[-3000:]
 
 

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import torch
 
 from moelora.ops import Member, RouterOptions, routed_linear, routed_linears
-from tests.interpreter import needs_interpreter
+from tests.interpreter import run_interpreted
 from tests.tolerances import assert_close
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_kernels_serve_layers_with_one_input_together_with_all_gradients() -> None:
-    needs_interpreter()
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.ops.shared_cases"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    finished = run_interpreted("tests.ops.shared_cases")
     assert finished.returncode == 0, finished.stderr[-3000:]
 
 
