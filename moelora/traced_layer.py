@@ -165,9 +165,15 @@ def _computed(
 def _others(
     found: _Found, layer: Any, x: Tensor, binding: LayerBinding | None, frame: Frame | None
 ) -> list[tuple[str, _Found]]:
-    """The layers behind this one in its group, as far as one operator can compute them with it."""
+    """The layers behind this one in its group, as far as one operator can compute them with it.
+
+    In inference only: a model that checkpoints its blocks by itself recomputes each layer alone,
+    and a trace cannot tell whether it will.
+    """
     others: list[tuple[str, _Found]] = []
     if binding is None or frame is None or frame.traced is None:
+        return others
+    if layer.training or torch.is_grad_enabled():
         return others
     is_behind = False
     for name, other in frame.traced.groups.get(binding.name, ()):
@@ -188,7 +194,7 @@ def _others(
 
 def _taken(x: Tensor, binding: LayerBinding | None, frame: Frame | None) -> RoutedOutput | None:
     """The layer's result, if it was computed with another's for this very input."""
-    if binding is None or frame is None or frame.traced is None:
+    if binding is None or frame is None or frame.traced is None or torch.is_grad_enabled():
         return None
     ready = frame.traced.ready.pop(binding.name, None)
     if ready is None or ready[0] is not x or ready[1] != version_of(x):

@@ -322,8 +322,9 @@ ON_KERNELS: dict[str, Callable[[], Found]] = {
     "sparse step": lambda: step_on_kernels(**MANY),
     "step beside bases": lambda: step_on_kernels(beside_bases, expert_capacity_factor=None),
     "tokens": tokens_on_kernels,
+    "step with dropout": lambda: step_on_kernels(lora_dropout=0.3),
     # layers that read one input are one operator
-    "together": lambda: step_on_kernels(target_modules="all-linear", lora_dropout=0.3),
+    "together": lambda: tokens_on_kernels(target_modules="all-linear"),
     "changed": lambda: tokens_on_kernels(
         change_inputs, target_modules=["q_proj", "k_proj", "v_proj"]
     ),

@@ -264,6 +264,7 @@ def all_linear(**fields: Any) -> Any:
     return model_of(target_modules="all-linear", **fields).eval()
 
 
+@torch.no_grad()
 def test_layers_of_one_input_are_one_operator(told: list[dict[str, Any]]) -> None:
     layers, frame = attention_of(all_linear())
     x = draw()
@@ -276,6 +277,7 @@ def test_layers_of_one_input_are_one_operator(told: list[dict[str, Any]]) -> Non
     assert not frame.traced.ready
 
 
+@torch.no_grad()
 def test_another_input_is_computed_anew(told: list[dict[str, Any]]) -> None:
     (query, key, value), frame = attention_of(all_linear())
     x, other = draw(), draw()
@@ -287,6 +289,7 @@ def test_another_input_is_computed_anew(told: list[dict[str, Any]]) -> None:
     assert [call["number"] for call in told] == [3, 2]
 
 
+@torch.no_grad()
 def test_an_input_that_was_changed_is_another(told: list[dict[str, Any]]) -> None:
     (query, key, _), frame = attention_of(all_linear())
     x = draw()
@@ -299,6 +302,7 @@ def test_an_input_that_was_changed_is_another(told: list[dict[str, Any]]) -> Non
 
 
 @pytest.mark.parametrize("change", ["hook", "training", "scaling", "float64", "bias", "dropout"])
+@torch.no_grad()
 def test_unlike_layers_are_computed_alone(change: str, told: list[dict[str, Any]]) -> None:
     (query, key, _), frame = attention_of(all_linear(lora_dropout=0.5))
     if change == "hook":
@@ -317,8 +321,11 @@ def test_unlike_layers_are_computed_alone(change: str, told: list[dict[str, Any]
     assert [call["number"] for call in told] == [1]
 
 
+@torch.no_grad()
 def test_each_layer_drops_elements_of_its_own(told: list[dict[str, Any]]) -> None:
-    layers, frame = attention_of(all_linear(lora_dropout=0.5).train())
+    layers, frame = attention_of(all_linear(lora_dropout=0.5))
+    for layer in layers:
+        layer.lora_dropout.train()
     x = draw()
     torch.manual_seed(1)
     found = [forward(layer, x, frame) for layer in layers]
@@ -327,3 +334,26 @@ def test_each_layer_drops_elements_of_its_own(told: list[dict[str, Any]]) -> Non
         assert output is not None
         assert_close(output, layer(x))
     assert [call["number"] for call in told] == [3]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_may_be_recomputed_alone_is_computed_alone(
+    training: bool, told: list[dict[str, Any]]
+) -> None:
+    layers, frame = attention_of(all_linear().train(training))
+    x = draw()
+    with torch.set_grad_enabled(not training):
+        for layer in layers:
+            forward(layer, x, frame)
+    assert [call["number"] for call in told] == [1, 1, 1]
+
+
+def test_a_result_without_a_graph_is_not_taken_for_one_with(told: list[dict[str, Any]]) -> None:
+    (query, key, _), frame = attention_of(all_linear())
+    x = draw()
+    with torch.no_grad():
+        forward(query, x, frame)
+    found = forward(key, x, frame)
+    assert found is not None
+    assert found.requires_grad
+    assert [call["number"] for call in told] == [3, 1]
