@@ -310,11 +310,12 @@ def test_a_graphs_decisions_are_those_of_a_recorded_forward(
     assert not recorded
     in_graph = correctness.record_of(MIXTURE, built, forward, replace(TRAIN, mode="graph"))
     assert recorded == [forward]
-    assert plain.keys() == in_graph.keys()
-    for name, routing in plain.items():
-        assert torch.equal(routing.routing_weights, in_graph[name].routing_weights)
+    assert plain.routing.keys() == in_graph.routing.keys()
+    for name, routing in plain.routing.items():
+        other = in_graph.routing[name]
+        assert torch.equal(routing.routing_weights, other.routing_weights)
         # copies: the graph's own memory is written anew by each replay
-        assert routing.routing_weights.data_ptr() != in_graph[name].routing_weights.data_ptr()
+        assert routing.routing_weights.data_ptr() != other.routing_weights.data_ptr()
 
 
 @pytest.mark.parametrize("kind", ["train", "prefill"])
@@ -349,6 +350,40 @@ def test_a_compiled_mixture_that_is_wrong_in_float32_has_no_time(
     (result,) = run(Case(Conditions("prefill", "tiny", 2, 8, mode="compile"), MIXTURE))
     assert result["status"] == "wrong"
     assert "logits: relative error 1.00e-03" in result["reason"]
+
+
+DECODE = Conditions("decode", "tiny", 2, 8)
+
+
+def test_a_decoded_half_precision_token_is_judged_in_float32_and_by_its_own_decisions() -> None:
+    (result,) = run(Case(DECODE, MIXTURE))
+    assert result["status"] == "ok", result
+    errors = result["errors"]
+    assert errors.pop("logits") == 0
+    assert errors.pop("logits of a recorded run") < 8e-2
+    assert 0 < errors.pop("logits, in float32") < 1e-4
+    assert not errors
+    (plain,) = run(Case(DECODE, LORA))
+    assert plain["errors"].keys() == {"logits"}
+    (wide,) = run(Case(replace(DECODE, dtype="fp32"), MIXTURE))
+    assert wide["errors"].keys() == {"logits"}
+
+
+@pytest.mark.parametrize("wrong", ["in float32", "of a recorded run"])
+def test_a_decoded_token_that_is_wrong_in_either_way_has_no_time(
+    wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = correctness.relative_error
+
+    def relative_error(actual: Tensor, expected: Tensor) -> float:
+        off = (actual.dtype == torch.float32) == (wrong == "in float32")
+        return real(actual * 1.5 if off else actual, expected)
+
+    monkeypatch.setattr(correctness, "relative_error", relative_error)
+    (result,) = run(Case(DECODE, MIXTURE))
+    assert result["status"] == "wrong"
+    about = "logits" if wrong == "in float32" else "logits of a recorded run"
+    assert f"{about}: relative error 5.0" in result["reason"]
 
 
 # Host times --------------------------------------------------------------------------------------
