@@ -244,9 +244,10 @@ class RoutedPlan:
                 choice=self.choice,
             )  # fmt: skip
         else:
+            lent = pack if inputs is None else inputs.rows.lend
             results = routed_linears_inference(
                 x, members, options=options, record=record, all_mature=all_mature,
-                packer=pack if self.kept is None else self.kept.get, choice=self.choice,
+                packer=lent if self.kept is None else self.kept.get, choice=self.choice,
             )  # fmt: skip
         if inputs is not None and others:
             version, conditions = x._version, conditions_of(x)

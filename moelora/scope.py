@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from moelora.ops.packing import RowsTogether
+from moelora.ops.rows_together import RowsTogether
 from moelora.routing import Routing
 from moelora.shared_input import (
     InputGroups,

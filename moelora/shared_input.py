@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from moelora.ops import RoutedOutput
-from moelora.ops.packing import ForwardRows
+from moelora.ops.rows_together import ForwardRows
 from moelora.places import reads_other_tokens
 
 # torch 2.8: the first that tells of hooks for saved tensors

@@ -19,8 +19,8 @@ from moelora.ops import (
     routed_linears,
     routed_linears_inference,
 )
-from moelora.ops.packing import RowsTogether
 from moelora.ops.routed_triton import pack, sizes_of
+from moelora.ops.rows_together import RowsTogether
 
 #: tokens, d_in, widths of the outputs, experts, rank, k, capacity factor, loss, mature
 CASES = [

@@ -1,18 +1,19 @@
-"""Packing the rows of all layers at once: what is learnt, and what is given up."""
+"""Packing the rows of many layers at once: what is learnt, and what is given up."""
 
 from __future__ import annotations
 
 import gc
 import pickle
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from moelora.ops import Member, packing
-from moelora.ops.packing import RowsTogether
+from moelora.ops import Member, rows_together
 from moelora.ops.routed_triton import sizes_of
+from moelora.ops.rows_together import RowsTogether
 
 X = torch.ones(3, 4)
 RANKS, EXPERTS, WIDTH = 4, 2, 5
@@ -38,8 +39,8 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return x.new_zeros(1), [member.lora_b for member in members]
 
     kernels = NoLaunch()
-    monkeypatch.setattr(packing, "pack", pack)
-    monkeypatch.setattr(packing, "launchers", lambda: kernels)
+    monkeypatch.setattr(rows_together, "pack", pack)
+    monkeypatch.setattr(rows_together, "launchers", lambda: kernels)
     return packed
 
 
@@ -141,7 +142,7 @@ def test_parameters_of_another_shape_are_packed_for_it(alone: list[int]) -> None
 def test_parameters_that_move_every_time_are_packed_alone_in_the_end(alone: list[int]) -> None:
     together, one = RowsTogether(), layer()
     places = []
-    for _ in range(packing._MAX_TABLES + 3):
+    for _ in range(rows_together._MAX_MOVES + 4):
         # all are kept, so each is somewhere else
         places.append(torch.ones(RANKS, 4))
         one.lora_a.data = places[-1]
@@ -155,12 +156,79 @@ def test_parameters_that_one_kernel_cannot_read_are_packed_alone(
 ) -> None:
     together, one, other = RowsTogether(), layer(), layer()
     if kind == "dtype":
-        other = layer(torch.float64)
+        other = other._replace(router=nn.Parameter(other.router.detach().double()))
     else:
         other.router.data = torch.ones(4, EXPERTS).t()
     for _ in range(3):
         forward(together, [one], [other])
     assert alone == [1, 1] * 3
+
+
+def launches_of(together: RowsTogether) -> int:
+    return len(set(map(id, together._portions.values())))
+
+
+def test_layers_of_each_kind_are_packed_together(alone: list[int]) -> None:
+    together = RowsTogether()
+    layers = [layer(), layer(), layer(torch.float64), layer(torch.float64)]
+    for _ in range(3):
+        forward(together, *([one] for one in layers))
+    assert alone == [1] * 4
+    assert rows_together.launchers().launches == 2 * 2
+    assert launches_of(together) == 2
+
+
+def test_a_portion_is_no_larger_than_it_may_be(
+    alone: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, layers = RowsTogether(), [layer() for _ in range(5)]
+    sizes = sizes_of(RANKS, EXPERTS, 4, X.dtype, 1)
+    monkeypatch.setattr(rows_together, "_PORTION", 2 * (sizes.rows * 4 + WIDTH * RANKS))
+    for _ in range(2):
+        forward(together, *([one] for one in layers))
+    assert alone == [1] * 5
+    assert rows_together.launchers().launches == launches_of(together) == 3
+    # one layer may be more than a portion
+    monkeypatch.setattr(rows_together, "_PORTION", 1)
+    forward(together, *([one] for one in layers), [layer()])
+    assert launches_of(together) == 6
+
+
+def test_without_gradients_one_portion_is_held_at_a_time(
+    alone: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_together, "_PORTION", 1)
+    together, layers = RowsTogether(), [layer() for _ in range(3)]
+    forward(together, *([one] for one in layers))
+    sizes = sizes_of(RANKS, EXPERTS, 4, X.dtype, 1)
+    for keeps in (True, False):
+        rows = together.begin()
+        packer = rows.get if keeps else rows.lend
+        held = [weakref.ref(packer(X, [one], sizes)[0]) for one in layers]
+        assert [own() is not None for own in held] == [keeps, keeps, True]
+        # asked for once more, as by a model that runs a block twice
+        packer(X, layers[:1], sizes)
+        rows.end()
+    assert alone == [1] * 3
+    assert rows_together.launchers().launches == 3 + 4
+
+
+@pytest.mark.parametrize("width", [4, 6, 64, 100])
+def test_all_matrices_are_aligned_and_none_overlap(width: int) -> None:
+    shapes = [(3, width), (5, 8), (1, width), (7, 8), (2, width)]
+    layout = rows_together._layout(shapes)
+    out = torch.full((layout.size,), -1)
+    views = [view for region in layout.regions for view in region.views(out)]
+    for number, (shape, start, place) in enumerate(
+        zip(shapes, layout.starts, layout.places, strict=True)
+    ):
+        view = views[place]
+        assert view.shape == shape
+        assert view.is_contiguous()
+        assert view.storage_offset() == start
+        assert start % rows_together._ALIGNMENT == 0
+        assert bool((view == -1).all())
+        view.fill_(number)
 
 
 def test_changes_in_a_forward_are_seen_until_its_recomputation(alone: list[int]) -> None:
