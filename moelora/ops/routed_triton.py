@@ -152,13 +152,7 @@ def route(
     place = (z.stride(0), sizes.padded_ranks, sizes.padded_experts)
     key = (*sizes.key, options.top_k, block_t, has_mask, z.device)
     kernels = launchers()
-    needs_others = has_capacity or slots is not None
-    # else the last program to arrive adds up what all have counted
-    counts = has_statistics and not needs_others
-    if counts:
-        # behind the sums one number per member, by which a program knows that it is the last
-        partial = z.new_zeros(members * (blocks * sizes.statistics + 1))
-    elif needs_others:
+    if has_capacity or has_statistics or slots is not None:
         partial = z.new_empty(members, blocks, sizes.statistics)
         kernels.count(
             (blocks, members, 1),
@@ -178,7 +172,7 @@ def route(
             0 if slots is None else slots.stride(0), blocks, inverse,
             0.0 if capacity is None else capacity * options.top_k / experts, options.scaling,
             options.top_k, block_e, sizes.splits, has_mask, has_mature, has_capacity,
-            has_statistics, counts, block_t, sizes.ranks_block, sizes.sums_block,
+            has_statistics, block_t, sizes.ranks_block, sizes.sums_block,
             0 if slots is None else BLOCK_M, members,
         ),
     )  # fmt: skip

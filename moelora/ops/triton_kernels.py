@@ -178,21 +178,6 @@ def _all_mature(mature_ptr, experts, E2: tl.constexpr, HAS_MATURE: tl.constexpr)
     return result
 
 
-@triton.jit
-def _store_sums(row, logits, chosen, probs, valid, E2: tl.constexpr):
-    """A block's sums: slots, first choices, probabilities, logsumexp squared, tokens."""
-    cols = tl.arange(0, E2)
-    counts = tl.where(valid, 1.0, 0.0)
-    first = _choose(logits, 1, E2)
-    highest = tl.max(logits, axis=1)
-    lse = tl.log(tl.sum(tl.exp(logits - highest[:, None]), axis=1)) + highest
-    tl.store(row + cols, tl.sum(chosen * counts[:, None], axis=0))
-    tl.store(row + E2 + cols, tl.sum(first * counts[:, None], axis=0))
-    tl.store(row + 2 * E2 + cols, tl.sum(probs * counts[:, None], axis=0))
-    tl.store(row + 3 * E2, tl.sum(lse * lse * counts, axis=0))
-    tl.store(row + 3 * E2 + 1, tl.sum(counts, axis=0))
-
-
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["mask_ptr"])
 def _count_fwd_kernel(
     z_ptr,
@@ -211,7 +196,7 @@ def _count_fwd_kernel(
     BLOCK_T: tl.constexpr,
     MEMBERS: tl.constexpr,
 ):
-    """A block's sums, see :func:`_store_sums`, where routing needs those of other blocks."""
+    """A block's sums: slots, first choices, probabilities, logsumexp squared, tokens."""
     pid = tl.program_id(0)
     member = tl.program_id(1)
     tokens = pid * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -223,22 +208,33 @@ def _count_fwd_kernel(
     valid = inside
     if HAS_MASK:
         valid = inside & (tl.load(mask_ptr + tokens, mask=inside, other=0) != 0)
-    real = (tl.arange(0, E2) < experts)[None, :] & inside[:, None]
+    counts = tl.where(valid, 1.0, 0.0)
+    cols = tl.arange(0, E2)
+    chosen = _choose(logits, K, E2)
+    first = _choose(logits, 1, E2)
+    real = (cols < experts)[None, :] & inside[:, None]
+    probs = _softmax(logits, real)
+    highest = tl.max(logits, axis=1)
+    lse = tl.log(tl.sum(tl.exp(logits - highest[:, None]), axis=1)) + highest
     row = partial_ptr + (member * tl.num_programs(0) + pid) * (3 * E2 + 2)
-    _store_sums(row, logits, _choose(logits, K, E2), _softmax(logits, real), valid, E2)
+    tl.store(row + cols, tl.sum(chosen * counts[:, None], axis=0))
+    tl.store(row + E2 + cols, tl.sum(first * counts[:, None], axis=0))
+    tl.store(row + 2 * E2 + cols, tl.sum(probs * counts[:, None], axis=0))
+    tl.store(row + 3 * E2, tl.sum(lse * lse * counts, axis=0))
+    tl.store(row + 3 * E2 + 1, tl.sum(counts, axis=0))
 
 
 @triton.jit
 def _store_statistics(
-    partial_ptr, statistics_ptr, blocks, K: tl.constexpr, E2: tl.constexpr, BLOCK_P: tl.constexpr
+    partial_ptr, statistics_ptr, blocks, divisor, K: tl.constexpr, E2: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The sums over all blocks of :func:`_store_sums`, as means over valid tokens."""
+    """The sums over all blocks of :func:`_count_fwd_kernel`, as means over valid tokens."""
     cols = tl.arange(0, E2)
     slots = tl.zeros([E2], dtype=tl.float32)
     firsts = tl.zeros([E2], dtype=tl.float32)
     probs = tl.zeros([E2], dtype=tl.float32)
     squares = 0.0
-    number = 0.0
     for start in range(0, blocks, BLOCK_P):
         others = start + tl.arange(0, BLOCK_P)
         there = others < blocks
@@ -248,8 +244,6 @@ def _store_statistics(
         firsts += tl.sum(tl.load(tile + E2, mask=there[:, None], other=0.0), axis=0)
         probs += tl.sum(tl.load(tile + 2 * E2, mask=there[:, None], other=0.0), axis=0)
         squares += tl.sum(tl.load(row + 3 * E2, mask=there, other=0.0), axis=0)
-        number += tl.sum(tl.load(row + 3 * E2 + 1, mask=there, other=0.0), axis=0)
-    divisor = tl.maximum(number, 1.0)
     tl.store(statistics_ptr + cols, probs / divisor)
     tl.store(statistics_ptr + E2 + cols, slots / (divisor * K))
     tl.store(statistics_ptr + 2 * E2 + cols, firsts / divisor)
@@ -312,7 +306,6 @@ def _route_fwd_kernel(
     HAS_MATURE: tl.constexpr,
     HAS_CAPACITY: tl.constexpr,
     HAS_STATISTICS: tl.constexpr,
-    COUNTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -323,13 +316,9 @@ def _route_fwd_kernel(
 
     With ``DISPATCH`` (tokens in a slot block of an expert, else 0) no rank is scaled; instead each
     token is entered in the slots of its experts, see :func:`_store_slots`.
-
-    With ``COUNTS`` nobody has counted before: each program leaves its block's sums, and the last to
-    arrive adds them up. Behind all sums lies a zero per member, where arrivals are counted.
     """
     pid = tl.program_id(0)
     member = tl.program_id(1)
-    arrivals_ptr = partial_ptr + MEMBERS * blocks * (3 * E2 + 2) + member
     partial_ptr += member * blocks * (3 * E2 + 2)
     statistics_ptr += member * (3 * E2 + 2)
     decision_ptr += member * 2 * T.to(tl.int64) * experts
@@ -346,18 +335,8 @@ def _route_fwd_kernel(
     probs = _softmax(logits, real)
     chosen = _choose(logits, K, E2)
     keep = (chosen > 0) & real
-    if COUNTS:
-        valid = inside
-        if HAS_MASK:
-            valid = inside & (tl.load(mask_ptr + tokens, mask=inside, other=0) != 0)
-        _store_sums(partial_ptr + pid * (3 * E2 + 2), logits, chosen, probs, valid, E2)
-        # all of this program's sums are written before it says so
-        tl.debug_barrier()
-        if tl.atomic_add(arrivals_ptr, 1.0) == blocks - 1:
-            tl.debug_barrier()
-            _store_statistics(partial_ptr, statistics_ptr, blocks, K, E2, BLOCK_P)
     # in parentheses: Triton 3.2 takes two operands at a time
-    elif (HAS_CAPACITY or HAS_STATISTICS) or DISPATCH > 0:
+    if (HAS_CAPACITY or HAS_STATISTICS) or DISPATCH > 0:
         number = 0.0
         before = tl.zeros([E2], dtype=tl.float32)
         slots = tl.zeros([E2], dtype=tl.float32)
@@ -387,7 +366,9 @@ def _route_fwd_kernel(
                 _store_slots(slots_ptr, slots, position, keep, tokens, pid, E2, DISPATCH)
         if HAS_STATISTICS:
             if pid == 0:
-                _store_statistics(partial_ptr, statistics_ptr, blocks, K, E2, BLOCK_P)
+                _store_statistics(
+                    partial_ptr, statistics_ptr, blocks, tl.maximum(number, 1.0), K, E2, BLOCK_P
+                )
     if K == 1:
         weights = tl.where(keep, probs, 0.0)
     else:
