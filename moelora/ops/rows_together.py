@@ -317,12 +317,10 @@ class RowsTogether:
             self._portions.update(dict.fromkeys(some, _Portion(some)))
 
     def pack(self, key: _Key, x: Tensor) -> dict[_Key, Packed]:
-        """A request, which is known, in the dtype of ``x``, with all others of its portion.
-
-        Nothing if in doubt.
-        """
-        portion = self._portions[key]
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        """A request in the dtype of ``x``, with all others of its portion; nothing if in doubt."""
+        portion = self._portions.get(key)
+        # None: another thread's forward may have forgotten it a moment ago
+        if portion is None or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return {}
         tensors = portion.tensors()
         pointers = [] if tensors is None else list(map(_ADDRESS, tensors))

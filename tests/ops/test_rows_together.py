@@ -231,6 +231,16 @@ def test_all_matrices_are_aligned_and_none_overlap(width: int) -> None:
         view.fill_(number)
 
 
+def test_what_another_thread_has_forgotten_is_packed_alone(
+    alone: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, one = RowsTogether(), layer()
+    forward(together, [one])
+    monkeypatch.setattr(together, "knows", lambda key: together._want({}) or True)
+    forward(together, [one])
+    assert alone == [1, 1]
+
+
 def test_changes_in_a_forward_are_seen_until_its_recomputation(alone: list[int]) -> None:
     together, one = RowsTogether(), layer()
     sizes = sizes_of(RANKS, EXPERTS, 4, X.dtype, 1)
