@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moelora import MoELoraConfig, prepare_for_inference, record_routing, shared_input
-from moelora.ops import packing
-from moelora.ops.packing import RowsTogether
+from moelora.ops import packing, rows_together
+from moelora.ops.rows_together import RowsTogether
 from moelora.routed_layer import RoutedPlan
 from moelora.shared_input import may_be_recomputed_alone
 from tests.lm import tiny_llama, tiny_t5
@@ -170,18 +170,49 @@ def prepared_model(ids: Tensor) -> None:
 
 def count_packing(alone: list[int], together: list[int]) -> None:
     """Enter what is packed alone, and at once."""
-    original, all_at_once = packing.pack, RowsTogether.pack_all
+    original, at_once = rows_together.pack, RowsTogether.pack
 
     def pack(*args: Any) -> Any:
         alone.append(1)
         return original(*args)
 
-    def pack_all(self: RowsTogether, x: Tensor) -> Any:
-        ready = all_at_once(self, x)
+    def pack_together(self: RowsTogether, *args: Any) -> Any:
+        ready = at_once(self, *args)
         together.append(len(ready))
         return ready
 
-    packing.pack, RowsTogether.pack_all = pack, pack_all  # type: ignore[method-assign]
+    rows_together.pack, RowsTogether.pack = pack, pack_together  # type: ignore[method-assign]
+
+
+def packed_without_gradients(ids: Tensor) -> None:
+    """From the second forward on one launch packs the rows of a portion's layers."""
+    alone: list[int] = []
+    together: list[int] = []
+    count_packing(alone, together)
+
+    def double_a(model: nn.Module) -> None:
+        with torch.no_grad():
+            model.base_model.model.model.layers[1].mlp.up_proj.lora_A["default"].weight.mul_(2)
+
+    usual = rows_together._PORTION
+    # all in one, and each layer (with those of its input) more than one may hold
+    for size, portions in ((usual, 1), (1, 8)):
+        rows_together._PORTION = size
+        ours, theirs = pair(tiny_llama(dtype=torch.float32, num_hidden_layers=2))
+        ours.eval(), theirs.eval()
+        for what, packed in [
+            ("learnt", (8, 0, 0)),
+            ("at once", (0, 8, portions)),
+            ("changed in place", (0, 8, portions)),
+        ]:
+            if what == "changed in place":
+                double_a(ours), double_a(theirs)
+            alone.clear(), together.clear()
+            with torch.no_grad():
+                expected, found = theirs(input_ids=ids).logits, ours(input_ids=ids).logits
+            check(f"lent, {what}, {portions}", [found], [expected], expected=None)
+            assert (len(alone), sum(together), len(together)) == packed, (what, together)
+    rows_together._PORTION = usual
 
 
 def packed_at_once(inputs: dict[str, Tensor]) -> None:
@@ -281,6 +312,7 @@ def main() -> None:
         check("inference mode", [ours(input_ids=ids).logits], expected, expected=0)
 
     prepared_model(ids)
+    packed_without_gradients(ids)
     packed_at_once(inputs)
     for reentrant in (True, False):
         ours, theirs = pair(tiny_llama(dtype=torch.float32, num_hidden_layers=1))

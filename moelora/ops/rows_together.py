@@ -326,7 +326,8 @@ class RowsTogether:
         pointers = [] if tensors is None else list(map(_ADDRESS, tensors))
         if tensors is None or 0 in pointers:
             # an adapter has gone or grown; or its memory has gone, for a while (sharded)
-            self._want({k: request for k, request in self._wanted.items() if request.fits()})
+            wanted = self._wanted.items()
+            self._want({k: r for k, r in wanted if k not in portion.requests or r.fits()})
             return {}
         table = portion.table(x, tensors, pointers)
         if table is None:
