@@ -28,7 +28,7 @@ def test_whole_models_give_the_same_and_their_layers_are_served_together() -> No
     finished = run_interpreted("tests.shared_input_cases")
     lines = [line for line in finished.stdout.splitlines() if line.startswith(("ok", "WRONG"))]
     assert finished.returncode == 0, finished.stderr[-3000:]
-    assert len(lines) == 31
+    assert len(lines) == 37
     assert all(line.startswith("ok") for line in lines), "\n".join(lines)
 
 
