@@ -275,6 +275,7 @@ class RowsTogether:
     def __init__(self) -> None:
         self._wanted: dict[_Key, _Request] = {}
         self._portions: dict[_Key, _Portion] = {}
+        self._relearnt = 0
         self._is_given_up = False
 
     def begin(self) -> "ForwardRows":
@@ -296,11 +297,22 @@ class RowsTogether:
         if self._is_given_up:
             return
         wanted = self._wanted
+        if not wanted.keys().isdisjoint(new):
+            # what was packed together was of no use: another dtype, or changed in each forward
+            self._relearnt += 1
+        if self._relearnt > _MAX_MOVES:
+            self._give_up()
+            return
         if 2 * len(used) < len(offered):
             unused = offered - used
             wanted = {key: request for key, request in wanted.items() if key not in unused}
         if new or wanted is not self._wanted:
             self._want({**wanted, **new})
+
+    def _give_up(self) -> None:
+        """Let each layer pack alone from now on."""
+        self._is_given_up = True
+        self._want({})
 
     def _want(self, wanted: dict[_Key, _Request]) -> None:
         """Put into one portion what follows each other, is of one kind, and not too much."""
@@ -331,8 +343,7 @@ class RowsTogether:
             return {}
         table = portion.table(x, tensors, pointers)
         if table is None:
-            self._is_given_up = True
-            self._want({})
+            self._give_up()
             return {}
         return dict(portion.packed(x, tensors, table))
 

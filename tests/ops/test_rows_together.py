@@ -231,6 +231,20 @@ def test_all_matrices_are_aligned_and_none_overlap(width: int) -> None:
         view.fill_(number)
 
 
+def test_layers_that_learning_never_helps_are_packed_alone_in_the_end(alone: list[int]) -> None:
+    together, one, other = RowsTogether(), layer(), layer()
+    # one reads another dtype than the other, in each forward
+    wide = X.double()
+    for _ in range(rows_together._MAX_MOVES + 5):
+        rows = together.begin()
+        rows.get(X, [one], sizes_of(RANKS, EXPERTS, 4, X.dtype, 1))
+        rows.get(wide, [other], sizes_of(RANKS, EXPERTS, 4, wide.dtype, 1))
+        rows.end()
+    launches = rows_together.launchers().launches
+    assert launches == rows_together._MAX_MOVES + 1
+    assert not together.knows((id(one.lora_a), 1))
+
+
 def test_what_another_thread_has_forgotten_is_packed_alone(
     alone: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
